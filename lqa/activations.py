@@ -1,0 +1,75 @@
+"""Capture: a target's forward pass, stopped at the deepest block that is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lqa.errors import LqaError
+
+
+class _Stop(Exception):
+    """Ends the forward pass once the deepest layer is captured; only the Capture that armed it swallows it."""
+
+
+def output_tensor(output) -> Tensor:
+    """The residual stream in a block's output: a Tensor in transformers 5, the first entry of a tuple before."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Capture:
+    """Context manager that holds the residual stream after chosen blocks.
+
+        with Capture(blocks, [7, 14]) as captured:
+            model.model(input_ids)
+        captured[14]                                     # (B, S, D), in the graph if gradients are on
+
+    With `stop` (default) the pass ends after the deepest of `layers`.  Raises LqaError on leaving if a layer was not reached.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], layers: Iterable[int], stop: bool = True):
+        self.layers = sorted(set(layers))
+        self._blocks, self._stop, self._handles, self._acts = blocks, stop, [], {}
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self._acts[layer]
+
+    def __enter__(self) -> Capture:
+        for layer in self.layers:
+            self._handles.append(self._blocks[layer].register_forward_hook(self._keep(layer)))
+        return self
+
+    def _keep(self, layer: int):
+        def hook(module, args, output):
+            self._acts[layer] = output_tensor(output)
+            if self._stop and layer == self.layers[-1]:
+                raise _Stop(self)
+
+        return hook
+
+    def __exit__(self, kind, error, trace) -> bool:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        stopped = kind is _Stop and error.args[0] is self
+        if (kind is None or stopped) and (missing := set(self.layers) - set(self._acts)):
+            raise LqaError(f"The forward pass did not run through block(s) {sorted(missing)}; no activations were captured there.")
+        return stopped
+
+
+def capture(model: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor, attention_mask: Tensor, layers: Iterable[int]):
+    """Runs `model` on (B, S) tokens up to the deepest of `layers`; returns {layer: (B, S, D)}.
+
+    Adapters and gradient mode are the caller's: with gradients on, the activations are part of the graph (steering needs that).
+    """
+    with Capture(blocks, layers) as captured:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return {layer: captured[layer] for layer in captured.layers}
+
+
+def gather_spans(acts: dict[int, Tensor], spans: Sequence[Sequence[int]], layers: Sequence[Sequence[int]]) -> Tensor:
+    """The activations of every row's span, row after row, layer block after layer block: (sum of len(span) * len(layers), D)."""
+    rows = [acts[k][b, torch.as_tensor(span, device=acts[k].device)] for b, span in enumerate(spans) for k in layers[b]]
+    return torch.cat(rows)

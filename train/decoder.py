@@ -1,0 +1,173 @@
+"""Train a decoder:  python -m train.decoder --config train/configs/NAME.yaml [key=value ...]
+
+Any field of the config can be overridden, nested ones with dots: `default_layer=15 training_args.max_steps=100 lora.r=8`.
+`training_args` are TRL's SFTConfig, so everything a TRL user knows is there.  Started again with the same output folder, a run goes
+on from its last checkpoint (`resume=false` starts over).  Prints one JSON document with the result; logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from lqa.errors import LqaError
+from train.data import MixtureConfig
+
+
+@dataclass
+class TrainConfig:
+    """A training run.  Unknown keys are errors; `training_args` goes to trl.SFTConfig, `lora` to peft.LoraConfig."""
+
+    base: str | None = None  # None: the embedded model; else a folder or Hub id
+    read_layers: list[int] = field(default_factory=list)  # 0-based blocks whose output is read
+    default_layer: int = 0
+    write_layer: int = 0  # block whose output is patched; -1 = the embeddings
+    injection: str = "replace"
+    injection_constant: float | None = None
+    slot_token: str = " ?"  # its first token marks the slots
+    mixture: dict = field(default_factory=dict)  # train.data.MixtureConfig
+    lora: dict = field(default_factory=dict)
+    warm_start: str | None = None  # a decoder folder whose adapter is trained on
+    cache: str | None = None  # folder for activations that later epochs reuse; None reads live
+    examples: int | None = None  # readings in an epoch; None: as many as max_steps consumes
+    validation_readings: int = 48
+    resume: bool = True
+    training_args: dict = field(default_factory=dict)
+
+
+def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
+    """The YAML file at `path` with `key=value` overrides (values in YAML).  Raises LqaError naming what is wrong."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LqaError(f"The config {path} cannot be read: {error}") from error
+    known = {f.name for f in fields(TrainConfig)}
+    for override in overrides:
+        key, found, value = override.partition("=")
+        *parents, last = key.split(".")
+        if not found or not all([*parents, last]):
+            raise LqaError(f"The override {override!r} is not of the form key=value.")
+        place = data
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise LqaError(f"The override {override!r}: {parent!r} holds a value, not a section.")
+        value = yaml.safe_load(value)
+        place[last] = float(value) if isinstance(value, str) and _is_number(value) else value
+    if unknown := sorted(set(data) - known):
+        raise LqaError(f"{path}: unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    return TrainConfig(**data)
+
+
+def _is_number(text: str) -> bool:  # YAML 1.1 reads 1e-4 as text
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def code_version() -> str:
+    """The git commit of this checkout with "+dirty" if files differ from it; the package's version outside of one."""
+    try:
+        root = Path(__file__).parent
+        run = lambda *a: subprocess.run(["git", *a], cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+        return run("rev-parse", "--short=12", "HEAD") + ("+dirty" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        import lqa
+
+        return lqa.__version__
+
+
+def build_trainer(config: TrainConfig, callbacks=()):
+    """The trainer for `config`, with data and adapter in place."""
+    import peft
+    import torch
+    from trl import SFTConfig
+
+    from lqa import corpus
+    from lqa.config import DecoderConfig, default_prompt
+    from lqa.models import load_base
+    from train.collator import ActivationCache, LatentQACollator
+    from train.data import build_examples, build_validation
+    from train.trainer import LatentQATrainer
+
+    defaults = {"bf16": torch.cuda.is_available(), "gradient_checkpointing": False, "disable_tqdm": None}
+    try:
+        args = SFTConfig(**defaults | config.training_args)
+        mixture = MixtureConfig(**config.mixture)
+        lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | config.lora)
+    except (TypeError, ValueError) as error:
+        raise LqaError(f"The training config is wrong: {error}") from error
+    base = load_base(config.base)
+    if outside := [k for k in config.read_layers if not 0 <= k < len(base.blocks)]:
+        raise LqaError(f"read_layers names layer {outside[0]}; {base.name} has the blocks 0 to {len(base.blocks) - 1}.")
+    sidecar = DecoderConfig(
+        base={"name": base.name, "weights": base.weights, "fingerprint": base.fingerprint()},
+        read_layers=config.read_layers,
+        layers_per_reading=1,
+        default_layer=config.default_layer,
+        write_layer=config.write_layer,
+        injection=config.injection,
+        injection_constant=config.injection_constant,
+        conditioning="raw",
+        slot_token_id=base.tokenizer(config.slot_token, add_special_tokens=False)["input_ids"][0],
+        prompt=default_prompt(base.tokenizer),
+        positions="sequential",
+        answer_role="assistant",
+        lora={k: config.lora[k] for k in sorted(config.lora)},
+        corpus={"name": "lqa authored controls", "revision": corpus.revision(), "mixture": vars(mixture)},
+        training={"code": code_version()},
+    ).check()
+    train, validation = corpus.load_controls("train"), corpus.load_controls("validation")
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    n = config.examples or args.max_steps * batch
+    if n <= 0:
+        raise LqaError("Set training_args.max_steps or examples, so that the number of training examples is known.")
+    data = build_examples(train, n, mixture, config.read_layers, config.default_layer, args.seed)
+    evaluation = None
+    if args.eval_strategy != "no":
+        evaluation = build_validation(validation, config.validation_readings, mixture, config.default_layer, args.seed)
+    cache = ActivationCache(config.cache, base.fingerprint()) if config.cache else None
+    collator = LatentQACollator(base.tokenizer, sidecar, base.context, cache)
+    # PEFT writes the base's id into the adapter and its card: never a path of this machine.
+    base.model.config._name_or_path = lora.base_model_name_or_path = base.name
+    model = None
+    if config.warm_start:
+        model, lora = peft.PeftModel.from_pretrained(base.model, config.warm_start, is_trainable=True, torch_device="cpu"), None
+    return LatentQATrainer(
+        base, sidecar, collator, args, model, train_dataset=data, eval_dataset=evaluation, peft_config=lora, callbacks=list(callbacks)
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.decoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, see train/configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
+    options = parser.parse_args(argv)
+    try:
+        config = load_config(options.config, options.overrides)
+        trainer = build_trainer(config)
+        from transformers.trainer_utils import get_last_checkpoint
+
+        out = Path(trainer.args.output_dir)
+        last = get_last_checkpoint(str(out)) if config.resume and out.is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+        trainer.save_model()
+        trainer.save_state()
+    except LqaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if trainer.accelerator.is_main_process:
+        print(json.dumps({"out": str(out), **trainer.current_config().training}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

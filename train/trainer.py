@@ -1,0 +1,151 @@
+"""LatentQATrainer: TRL's SFTTrainer whose decoder reads activations of the same weights.
+
+What it adds to SFTTrainer: the target pass (adapter off, stopped at the deepest read layer), the injection into the decoder's pass,
+and a loss with logits at answer positions only.  Everything else (schedules, resuming, accumulation, distribution, reporting) is TRL's.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from trl import SFTConfig, SFTTrainer
+
+from lqa.activations import capture, gather_spans
+from lqa.config import DecoderConfig
+from lqa.injection import Injection
+from lqa.models import Base
+from train.collator import IGNORE, LatentQACollator, block_mask
+
+
+class LatentQATrainer(SFTTrainer):
+    """Trains a decoder LoRA on examples of `train.data`.
+
+    base       lqa.models.Base; its weights are target and decoder, and stay frozen
+    config     the sidecar; written with every checkpoint, with the training's figures filled in
+    collator   LatentQACollator; its cache decides where activations come from
+    model      a PeftModel around the base's weights, to train an adapter on; None with `peft_config` for a new one
+    args       SFTConfig; the few fields that injection needs otherwise (no column removal, no preparation, no truncation) are set here
+    """
+
+    def __init__(self, base: Base, config: DecoderConfig, collator: LatentQACollator, args: SFTConfig, model=None, **kwargs):
+        self.base, self.decoder_config = base, config
+        args.remove_unused_columns = False
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        args.max_length = None
+        base.model.config.use_cache = False
+        super().__init__(model=model or base.model, args=args, data_collator=collator, processing_class=base.tokenizer, **kwargs)
+        base.find_adapters()
+        self._injection = Injection(base, config.write_layer, config.operation)
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _step(self):
+        """The hooks of one step; they live through backward, because gradient checkpointing may run blocks again."""
+        head = self.base.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(self._answer_positions)
+        try:
+            with self._injection:
+                yield
+        finally:
+            handle.remove()
+            self._labels = None
+
+    def _answer_positions(self, head, args):
+        # (B, S, D) -> (n, D): the head is by far the widest matrix, and only answers are scored.
+        return (args[0][:, :-1][self._labels[:, 1:] != IGNORE], *args[1:])
+
+    def training_step(self, *args, **kwargs):
+        with self._step():
+            return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with self._step(), torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def read(self, inputs: dict) -> torch.Tensor | None:
+        """The activations (N, D) of a batch: from the disk if the collator found them, else by a target pass."""
+        if "activations" in inputs or "read_ids" not in inputs:
+            return inputs.get("activations")
+        deepest = {layer for layers in inputs["read_layers"] for layer in layers}
+        training = self.base.model.training
+        self.base.model.eval()  # dropout or checkpointing in the target would read another model
+        try:
+            with torch.no_grad(), self.base.using():
+                acts = capture(self.base.model, self.base.blocks, inputs["read_ids"], inputs["read_mask"], deepest)
+        finally:
+            self.base.model.train(training)
+        rows = gather_spans(acts, inputs["read_spans"], inputs["read_layers"])
+        if "cache_paths" in inputs:
+            sizes = [len(s) * len(k) for s, k in zip(inputs["read_spans"], inputs["read_layers"], strict=True)]
+            for path, stored in zip(inputs["cache_paths"], rows.split(sizes), strict=True):
+                self.data_collator.cache.save(path, stored)
+        return rows
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy in nats over answer tokens and their end, averaged as TRL does (over the whole accumulated batch)."""
+        self._labels = inputs["labels"]
+        activations = self.read(inputs)
+        arm = self._injection.arm if activations is not None else lambda *_: None
+        arm(inputs["slots"], activations)
+        logits = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            attention_mask=block_mask(inputs["branch"], self.base.dtype),
+            use_cache=False,
+        ).logits
+        if activations is not None:
+            self._injection.check_fired()
+        targets = inputs["labels"][:, 1:]
+        targets = targets[targets != IGNORE]
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = loss / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["mean_token_accuracy"].append((logits.argmax(-1) == targets).float().mean().item())
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    # --- what is saved and published ------------------------------------------------------------------------------
+
+    def current_config(self) -> DecoderConfig:
+        """The sidecar with the figures of the training so far."""
+        state, args = self.state, self.args
+        rows = state.global_step * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        pairs = len(self.train_dataset[0]["qa"]) if self.train_dataset is not None else 0
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        training = self.decoder_config.training | {
+            "steps": state.global_step,
+            "readings": rows,
+            "qa_pairs": rows * pairs,
+            "learning_rate": args.learning_rate,
+            "seed": args.seed,
+            "last_loss": losses[-1] if losses else None,
+        }
+        return replace(self.decoder_config, training=training)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter in safetensors with its sidecar and card; none of the generic files."""
+        super().save_model(output_dir, _internal_call=True)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.current_config().save(folder)
+            self.create_model_card(folder=folder)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(self, *_, folder: str | Path | None = None, **__) -> None:
+        """Our card (hub_cards/decoder.md) in place of TRL's generic one."""
+        from lqa.hub import write_decoder_card
+
+        if self.accelerator.is_main_process:
+            folder = Path(folder or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.current_config().save(folder)
+            write_decoder_card(folder)
+
