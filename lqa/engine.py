@@ -1,0 +1,149 @@
+"""The engine: prefill once, decode many rows with a KV cache, score answers.
+
+It knows tokens and caches; it knows nothing of chats, LoRA, slots or questions.  A `session` is a context manager factory that yields
+the model in the right state for one forward pass, so that nothing is held between the steps of a stream (see Base.decoding).
+
+Prefixes of equal length are prefilled as one batch; a row continues one of them with tokens of its own, so the rows of one reading
+share its prefix.  Rows are left-padded between prefix and suffix and carry explicit positions, which makes a row's logits those of the
+plain forward pass over prefix + suffix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lqa.errors import LqaError
+
+# A scoring pass holds (rows, answer tokens, vocabulary) log-probabilities; more floats than this are cut into several passes.
+MAX_LOGITS = 2**26
+
+
+class Row(NamedTuple):
+    """A row to decode or score: which prefix it continues, and with what (the question)."""
+
+    prefix: int
+    suffix: list[int]
+
+
+class Step(NamedTuple):
+    """One decoded token: the row it belongs to, its id, and the probability that the model gave it."""
+
+    row: int
+    token: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The KV cache of a batch of prefilled prefixes, each of `length` tokens."""
+
+    cache: DynamicCache
+    length: int
+
+    def rows(self, which: Sequence[int]) -> DynamicCache:
+        """A cache with a copy of prefix w for every w of `which`; this one stays as it is."""
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            index = torch.as_tensor(which, device=layer.keys.device)
+            cache.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), i)
+        return cache
+
+
+def prefill(model, ids: Sequence[Sequence[int]]) -> Prefix:
+    """Runs prefixes of equal length (P, length).  What the caller has armed (an Injection) acts on this pass and no other."""
+    cache = DynamicCache()  # without the model's config: plain layers, whose rows can be selected and extended at will
+    model(input_ids=torch.tensor(ids, device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefix(cache, len(ids[0]))
+
+
+def _left_padded(prefix: Prefix, suffixes: Sequence[Sequence[int]], device) -> dict[str, Tensor]:
+    """input_ids (R, L), position_ids (R, L) and attention_mask (R, length + L) for rows that continue `prefix`."""
+    longest = max(map(len, suffixes))
+    pads = [longest - len(s) for s in suffixes]
+    ids = torch.tensor([[0] * p + list(s) for p, s in zip(pads, suffixes, strict=True)], device=device)
+    real = torch.arange(longest, device=device) >= torch.tensor(pads, device=device).unsqueeze(1)
+    positions = prefix.length + (real.cumsum(1) - 1).clamp_min(0)
+    mask = torch.cat([torch.ones(len(pads), prefix.length, dtype=torch.bool, device=device), real], 1)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask.long()}
+
+
+def decode(
+    session: Callable, prefix: Prefix, rows: Sequence[Row], max_new_tokens: int, stop_ids: Sequence[int], choose: Callable | None = None
+) -> Iterator[list[Step]]:
+    """Decodes all rows at once, yielding the new tokens of every step; a row ends at a stop token, which is not yielded.
+
+    choose  (R, V) logits -> (R,) ids; greedy if None.  Rows that have ended leave the batch.
+    """
+    choose = choose or (lambda logits: logits.argmax(-1))
+    with session() as model:
+        device = model.device
+        cache = prefix.rows([row.prefix for row in rows])
+        inputs = _left_padded(prefix, [row.suffix for row in rows], device)
+    alive = list(range(len(rows)))
+    for step in range(max_new_tokens):
+        with session() as model:
+            logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            tokens = choose(logits)
+            probabilities = logits.softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+            stopped = torch.isin(tokens, torch.tensor(stop_ids, device=device))
+            steps = [
+                Step(row, token, p)
+                for row, token, p, stop in zip(alive, tokens.tolist(), probabilities.tolist(), stopped.tolist(), strict=True)
+                if not stop
+            ]
+            keep = (~stopped).nonzero().squeeze(1)
+            if len(keep) < len(alive):
+                alive = [alive[i] for i in keep.tolist()]
+                cache.batch_select_indices(keep)
+            inputs = {
+                "input_ids": tokens[keep].unsqueeze(1),
+                "position_ids": inputs["position_ids"][keep, -1:] + 1,
+                "attention_mask": torch.nn.functional.pad(inputs["attention_mask"][keep], (0, 1), value=1),
+            }
+        if steps:
+            yield steps
+        if not alive:
+            return
+
+
+def score(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[float]:
+    """The mean log-probability per token, in nats, of each answer (its end included) behind its row's prefix and suffix."""
+    if len(rows) != len(answers) or not all(answers):
+        raise LqaError("Every row needs one answer with at least one token.")
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].suffix) + len(answers[i]))
+    scores = [0.0] * len(rows)
+    while order:
+        with session() as model:
+            per_row = (max(len(answers[i]) for i in order) + 1) * model.config.get_text_config().vocab_size
+            batch, order = order[: max(1, MAX_LOGITS // per_row)], order[max(1, MAX_LOGITS // per_row) :]
+            inputs = _left_padded(prefix, [list(rows[i].suffix) + list(answers[i]) for i in batch], model.device)
+            keep = max(len(answers[i]) for i in batch) + 1
+            cache = prefix.rows([rows[i].prefix for i in batch])
+            logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits.float()
+            for i, row in zip(batch, logits, strict=True):
+                n = len(answers[i])
+                targets = torch.tensor(answers[i], device=row.device).unsqueeze(1)
+                scores[i] = row[-n - 1 : -1].log_softmax(-1).gather(1, targets).mean().item()
+    return scores
+
+
+def sampler(temperature: float, top_p: float = 1.0, seed: int = 0) -> Callable | None:
+    """A `choose` for `decode`: nucleus sampling, the same tokens for the same seed; greedy for temperature 0."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise LqaError(f"temperature must be at least 0 and top_p in (0, 1], not {temperature} and {top_p}.")
+    if temperature == 0:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        probabilities, ids = (logits / temperature).softmax(-1).cpu().sort(-1, descending=True)
+        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+        return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1).to(logits.device)
+
+    return choose
