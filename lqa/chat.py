@@ -68,6 +68,13 @@ def check_chat(chat: Chat) -> Chat:
     return [{"role": m["role"], "content": m["content"]} for m in chat]
 
 
+def check_text(tokenizer, text: str, what: str) -> str:
+    """Returns `text`.  Raises LqaError if it holds a special token of the model, which would be read as one (an injected turn, say)."""
+    if found := next((t for t in tokenizer.all_special_tokens if t.strip() and t in text), None):
+        raise LqaError(f"{what} contains the model's special token {found!r} as text; remove it or write it otherwise.")
+    return text
+
+
 def ensure_template(tokenizer) -> None:
     """Gives a tokenizer without a chat template the plain one, so that base models can be read too."""
     if not getattr(tokenizer, "chat_template", None):
@@ -135,10 +142,8 @@ def render(tokenizer, chat: Chat) -> Rendered:
     chat = check_chat(chat)
     if not getattr(tokenizer, "is_fast", False):
         raise LqaError("This model's tokenizer cannot say which characters a token covers; a fast tokenizer is needed.")
-    specials = [t for t in tokenizer.all_special_tokens if t.strip()]
     for i, message in enumerate(chat):
-        if found := next((t for t in specials if t in message["content"]), None):
-            raise LqaError(f"Message {i} contains the model's special token {found!r} as text; remove it or write it otherwise.")
+        check_text(tokenizer, message["content"], f"Message {i}")
     generation = chat[-1]["role"] != "assistant"
     text = _template(tokenizer, chat, generation)
     pieces = _skeleton(tokenizer, chat, generation)

@@ -55,6 +55,21 @@ class Prefix:
         return cache
 
 
+def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The longest token prefix that all `sequences` share, and what is left of each (at least one token)."""
+    shortest = min(map(len, sequences)) - 1
+    n = next((i for i in range(shortest) if len({s[i] for s in sequences}) > 1), shortest)
+    return list(sequences[0][:n]), [list(s[n:]) for s in sequences]
+
+
+def join(prefixes: Sequence[Prefix]) -> Prefix:
+    """One batch of prefixes of the same length."""
+    cache = DynamicCache()
+    for i, layers in enumerate(zip(*(p.cache.layers for p in prefixes), strict=True)):
+        cache.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), i)
+    return Prefix(cache, prefixes[0].length)
+
+
 def prefill(model, ids: Sequence[Sequence[int]]) -> Prefix:
     """Runs prefixes of equal length (P, length).  What the caller has armed (an Injection) acts on this pass and no other."""
     cache = DynamicCache()  # without the model's config: plain layers, whose rows can be selected and extended at will

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lqa.activations import Capture, output_tensor
+from lqa.activations import Capture
 from lqa.chat import ensure_template
 from lqa.errors import LqaError
 
@@ -90,6 +90,7 @@ class Base:
         self.context = getattr(config, "max_position_embeddings", None) or 10**9
         self.lock = threading.RLock()
         self._tuners: list = []
+        self._peft = None
         self._check_blocks()
 
     @property
@@ -119,6 +120,37 @@ class Base:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._tuners = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+
+    def add_adapter(self, folder: str | Path, name: str) -> None:
+        """Loads a LoRA from `folder` (safetensors only) under `name`, switched off until `using(name)`.
+
+        Raises LqaError if the file is absent, truncated, not finite, or made for other shapes.
+        """
+        from peft import PeftModel
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(folder, "adapter_model.safetensors")
+        if not path.is_file() or not Path(folder, "adapter_config.json").is_file():
+            raise LqaError(f"{folder} lacks adapter_model.safetensors or adapter_config.json; it is not a complete adapter.")
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise LqaError(f"{path} is truncated or damaged ({error}); download or train it again.") from error
+        if bad := next((key for key, t in tensors.items() if not torch.isfinite(t).all()), None):
+            raise LqaError(f"{path}: the tensor {bad} is not finite; the adapter is damaged, download or train it again.")
+        with self.lock:
+            try:
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(self.model, folder, adapter_name=name, torch_device=str(self.device))
+                else:
+                    self._peft.load_adapter(folder, adapter_name=name, torch_device=str(self.device))
+            except (RuntimeError, ValueError, TypeError, KeyError) as error:
+                raise LqaError(f"The adapter in {folder} does not fit {self.name}: {str(error).splitlines()[0]}") from error
+            self.find_adapters()
+            self.model.requires_grad_(False).eval()
+            for m in self._tuners:  # off until asked for: the bare model is the target
+                m._disable_adapters = True
 
     @contextmanager
     def using(self, *adapters: str):
@@ -227,6 +259,3 @@ def load_base(source: str | os.PathLike | None = None, *, revision: str | None =
     except (OSError, ValueError, KeyError) as error:
         raise LqaError(f"The base model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return Base(model.to(device), tokenizer, name, weights)
-
-
-__all__ = ["EMBEDDED_BASE", "Base", "embedded_folder", "find_blocks", "find_gguf", "fingerprint", "load_base", "output_tensor"]

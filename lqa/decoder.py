@@ -1,0 +1,276 @@
+"""LatentDecoder and Reading: the facade that users hold.  Strings and chats go in, frozen dataclasses come out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lqa import engine
+from lqa.activations import capture, gather_spans
+from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span
+from lqa.config import DecoderConfig
+from lqa.errors import LqaError
+from lqa.injection import Injection
+from lqa.models import Base, load_base
+
+ADAPTER = "decoder"
+EMBEDDED_DECODER = Path(__file__).parent.parent / "decoders" / "smollm2-135m-instruct"
+MAX_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """The references of an answer: what is said when nothing, or another chat's activations, or only the visible text is given."""
+
+    none: str
+    shuffled: str
+    text_only: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A decoder's answer.  `confidence`: mean probability of its tokens, in [0, 1]; `grounding` is None unless it was asked for."""
+
+    question: str
+    text: str
+    confidence: float
+    grounding: Grounding | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean log-probability per token (nats, end of turn included) of an answer, with the activations and with unpatched slots."""
+
+    text: str
+    logprob: float
+    logprob_none: float
+
+
+class LatentDecoder:
+    """A decoder over one base model: the adapter switched off is the target, switched on the decoder.  Safe to use from many threads."""
+
+    def __init__(self, base: Base, config: DecoderConfig, name: str):
+        config.check().check_base(base)
+        self.base, self.config, self.name = base, config, name
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path | None = None, *, base: Base | None = None, revision: str | None = None, device=None, dtype=None
+    ) -> LatentDecoder:
+        """Loads a decoder: the embedded one (None), a folder, or a Hub id.
+
+        base    the base model, if it is already loaded; else the sidecar's is (float32 on CPU, bfloat16 on GPU)
+
+        Raises LqaError if the sidecar is missing or malformed, does not match the base, or the adapter file is damaged.
+        """
+        name = str(source or EMBEDDED_DECODER)
+        folder = Path(name)
+        if source is None and not folder.is_dir():
+            raise LqaError(f"The embedded decoder is not at {folder}; run lqa from a clone of its repository, or name a folder or Hub id.")
+        if not folder.is_dir():
+            folder = _download(name, revision)
+        config = DecoderConfig.load(folder)
+        base = base or load_base(config.base["name"], device=device, dtype=dtype)
+        decoder = cls(base, config, name)
+        base.add_adapter(folder, ADAPTER)
+        return decoder
+
+    # --- the target --------------------------------------------------------------------------------------------
+
+    def read(self, chat: Chat, span: Span = "all", layer: int | None = None) -> Reading:
+        """Runs the target over `chat` up to `layer` (None: the decoder's default) and keeps the activations of `span`.
+
+        Raises LqaError for a malformed chat, one longer than the context, a span that selects nothing, or a layer that is not supported.
+        """
+        layer = self.config.check_layer(layer)
+        rendered = self._render(chat)
+        indices = resolve_span(span, rendered)
+        ids = torch.tensor([rendered.ids], device=self.base.device)
+        with self.base.decoding() as model:
+            acts = capture(model, self.base.blocks, ids, torch.ones_like(ids), [layer])
+            activations = gather_spans(acts, [indices], [[layer]])
+        return Reading(self, rendered, tuple(indices), layer, activations.clone())
+
+    def generate(self, chat: Chat, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> str:
+        """The target's own reply to `chat`; greedy unless a temperature is given."""
+        return "".join(self.stream_reply(chat, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)).strip()
+
+    def stream_reply(
+        self, chat: Chat, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[str]:
+        """`generate` as pieces of text."""
+        rendered = self._render(chat)
+        if rendered.chat[-1][0] == "assistant":
+            raise LqaError("The chat ends with the assistant's turn; it needs a user's message to reply to.")
+        self._check_room(len(rendered), max_new_tokens)
+        prefix_ids, suffixes = engine.common_prefix([rendered.ids])
+        with self.base.decoding() as model:
+            prefix = engine.prefill(model, [prefix_ids])
+        stop = [i for i in [self.base.tokenizer.eos_token_id, *self.config.prompt.stop_ids(self.base.tokenizer)] if i is not None]
+        choose = engine.sampler(temperature, top_p, seed)
+        yield from self._pieces(engine.decode(self.base.decoding, prefix, [engine.Row(0, suffixes[0])], max_new_tokens, stop, choose))
+
+    # --- shared with Reading -------------------------------------------------------------------------------------
+
+    def session(self):
+        """The model as decoder, for one forward pass."""
+        return self.base.decoding(ADAPTER)
+
+    def _render(self, chat: Chat) -> Rendered:
+        rendered = render(self.base.tokenizer, chat)
+        self._check_room(len(rendered), 0)
+        return rendered
+
+    def _check_room(self, tokens: int, new: int) -> None:
+        if tokens + new > self.base.context:
+            text = f"The chat has {tokens} tokens" + (f" and {new} more are asked for" if new else "")
+            raise LqaError(f"{text}, but the model's context is {self.base.context}; shorten it.")
+
+    def _pieces(self, steps: Iterator[list[engine.Step]]) -> Iterator[str]:
+        """The text of a one-row decode as it grows; a piece ends only where a character does."""
+        ids, shown = [], ""
+        for step in steps:
+            ids.append(step[0].token)
+            text = self.base.tokenizer.decode(ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd") and len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+
+    def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[tuple[str, float]]:
+        """Text and mean token probability of every row of a decode."""
+        ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
+        for step in steps:
+            for row, token, probability in step:
+                ids[row].append(token)
+                probabilities[row].append(probability)
+        texts = self.base.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [(text.strip(), sum(p) / len(p) if p else 0.0) for text, p in zip(texts, probabilities, strict=True)]
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from lqa.hub import download_decoder
+
+    return download_decoder(name, revision)
+
+
+class Reading:
+    """A target forward pass, captured: `tokens`, `span` (indices), `layer`, `activations` (N, D).  Questions are asked of it.
+
+    The target runs once, in `LatentDecoder.read`; the prompt with its slots runs once per reading, however many questions follow.
+    """
+
+    def __init__(self, decoder: LatentDecoder, rendered: Rendered, span: tuple[int, ...], layer: int, activations: Tensor):
+        self.decoder, self.rendered, self.span, self.layer, self.activations = decoder, rendered, span, layer, activations
+        self._prefixes: dict[str, engine.Prefix] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def tokens(self) -> list[str]:
+        return [token.text for token in self.rendered.tokens]
+
+    @property
+    def hidden(self) -> set[int]:
+        """The hidden context: the turns wholly outside the span."""
+        return hidden_turns(self.rendered, list(self.span))
+
+    def ask(
+        self, questions: str | Sequence[str], *, grounding: bool = False, max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> list[Answer]:
+        """Greedy answers to all questions, decoded as one batch; with `grounding`, each with its references.
+
+        Raises LqaError for an empty question or one that does not fit the context.
+        """
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        sources = ("true", "none", "shuffled") if grounding else ("true",)
+        answers = self._decode(questions, sources, max_new_tokens)
+        texts = [text for text, _ in answers]
+        n = len(questions)
+        references: list[Grounding | None] = [None] * n
+        if grounding:
+            from lqa.grounding import text_only
+
+            only = text_only(self, questions, max_new_tokens)
+            references = [Grounding(*r) for r in zip(texts[n : 2 * n], texts[2 * n :], only, strict=True)]
+        return [Answer(q, *a, g) for q, a, g in zip(questions, answers[:n], references, strict=True)]
+
+    def stream(self, question: str, *, source: str = "true", max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
+        """The answer in pieces of text.  `source`: "true", or the references "none" and "shuffled"."""
+        rows = self._rows([question], (source,), max_new_tokens)
+        stop = self.decoder.config.prompt.stop_ids(self.decoder.base.tokenizer)
+        steps = engine.decode(self.decoder.session, self._prefix((source,)), rows, max_new_tokens, stop)
+        yield from self.decoder._pieces(steps)
+
+    def score(self, question: str, answers: Sequence[str]) -> list[Score]:
+        """How probable each of `answers` is, with the activations and with unpatched slots.
+
+        Raises LqaError for an empty question, no answers, or an empty one.
+        """
+        answers = [answers] if isinstance(answers, str) else list(answers)
+        if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise LqaError("Give at least one answer to score, and no empty one.")
+        tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
+        ids = [prompt.answer(tokenizer, check_text(tokenizer, a, "The answer")) for a in answers]
+        rows = [row for row in self._rows([question], ("true", "none"), max(map(len, ids))) for _ in answers]
+        logprobs = engine.score(self.decoder.session, self._prefix(("true", "none")), rows, ids + ids)
+        return [Score(a, *pair) for a, pair in zip(answers, zip(logprobs[: len(ids)], logprobs[len(ids) :], strict=True), strict=True)]
+
+    # --- how -------------------------------------------------------------------------------------------------------
+
+    def _decode(self, questions: Sequence[str], sources: tuple[str, ...], max_new_tokens: int) -> list[tuple[str, float]]:
+        rows = self._rows(questions, sources, max_new_tokens)
+        stop = self.decoder.config.prompt.stop_ids(self.decoder.base.tokenizer)
+        return self.decoder.collect(engine.decode(self.decoder.session, self._prefix(sources), rows, max_new_tokens, stop), len(rows))
+
+    def _rows(self, questions: Sequence[str], sources: tuple[str, ...], new: int) -> list[engine.Row]:
+        """One row per source and question, source by source."""
+        if not questions or not all(isinstance(q, str) and q.strip() for q in questions):
+            raise LqaError("Ask at least one question, and no empty one.")
+        if new < 1:
+            raise LqaError(f"The number of new tokens must be at least 1, not {new}.")
+        tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
+        suffixes = [prompt.question(tokenizer, check_text(tokenizer, q, "The question")) for q in questions]
+        room = self.decoder.base.context - len(self._prompt_ids()[0]) - new
+        if max(map(len, suffixes)) > room:
+            raise LqaError(
+                f"The question with {len(self.span)} activations and {new} new tokens exceeds the model's context of "
+                f"{self.decoder.base.context}; select fewer tokens or ask more briefly."
+            )
+        return [engine.Row(i, suffix) for i in range(len(sources)) for suffix in suffixes]
+
+    def _prompt_ids(self) -> tuple[list[int], list[bool]]:
+        config = self.decoder.config
+        return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), [self.layer])
+
+    def _prefix(self, sources: tuple[str, ...]) -> engine.Prefix:
+        with self._lock:
+            for source in sources:
+                if source not in self._prefixes:
+                    self._prefixes[source] = self._prefill(source)
+            prefixes = [self._prefixes[source] for source in sources]
+        with torch.inference_mode():
+            return engine.join(prefixes) if len(prefixes) > 1 else prefixes[0]
+
+    def _prefill(self, source: str) -> engine.Prefix:
+        """The decoder's pass over prompt and slots: patched with these activations, with a donor's, or not at all."""
+        ids, slots = self._prompt_ids()
+        base, config = self.decoder.base, self.decoder.config
+        if source == "none":
+            with self.decoder.session() as model:
+                return engine.prefill(model, [ids])
+        if source == "shuffled":
+            from lqa.grounding import donor_activations
+
+            activations = donor_activations(self)
+        elif source == "true":
+            activations = self.activations
+        else:
+            raise LqaError(f"The source {source!r} is unknown; use true, none or shuffled.")
+        mask = torch.tensor([slots], device=base.device)
+        with self.decoder.session() as model, Injection(base, config.write_layer, config.operation) as injection:
+            with injection.armed(mask, activations):
+                return engine.prefill(model, [ids])
