@@ -70,7 +70,7 @@ def check_chat(chat: Chat) -> Chat:
 
 def check_text(tokenizer, text: str, what: str) -> str:
     """Returns `text`.  Raises LqaError if it holds a special token of the model, which would be read as one (an injected turn, say)."""
-    if found := next((t for t in tokenizer.all_special_tokens if t.strip() and t in text), None):
+    if found := next((t for t in special_tokens(tokenizer) if t in text), None):
         raise LqaError(f"{what} contains the model's special token {found!r} as text; remove it or write it otherwise.")
     return text
 
@@ -110,6 +110,22 @@ def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def special_tokens(tokenizer) -> list[str]:
+    """Every special token of the tokenizer; `all_special_tokens` knows only those with a name (bos, eos, ...), not Llama 3's headers."""
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return [t for t in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if t.strip()]
+
+
+def _closing(tokenizer, piece: str, alone: str) -> int:
+    """How many characters of `piece`, which follows a turn in the middle, close it; `alone` closes the same turn at the end of a chat."""
+    specials = special_tokens(tokenizer)
+    first, other = (next((t for t in specials if text.startswith(t)), "") for text in (piece, alone))
+    # gpt-oss closes the last turn with another special token than the earlier ones; a header must follow, or it is the header.
+    if first and other and first != other and any(piece.startswith(t, len(first)) for t in specials):
+        return len(first)
+    return _common_prefix(piece, alone)
+
+
 def _header(tokenizer, role: str) -> str | None:
     """The text with which the template opens a turn of `role`, found between two turns; None where it cannot be told."""
     previous = "assistant" if role == "user" else "user"
@@ -119,7 +135,7 @@ def _header(tokenizer, role: str) -> str | None:
         closing = _skeleton(tokenizer, chat[:-1], False)[-1]
     except LqaError:
         return None
-    return between[_common_prefix(between, closing) :]
+    return between[_closing(tokenizer, between, closing) :]
 
 
 def _contents(text: str, pieces: list[str], chat: Chat) -> list[str]:
@@ -151,7 +167,8 @@ def render(tokenizer, chat: Chat) -> Rendered:
 
     # Cut the text into (end, turn, is content): the piece between two contents closes one turn and opens the next.
     header = _header(tokenizer, chat[0]["role"])
-    if header is None:  # a role that may not stand in the middle (system): it opens the text, after BOS at most
+    if header is None or (chat[0]["role"] == "system" and not pieces[0].endswith(header)):
+        # a role that may not stand in the middle, or looks different there (Gemma's system): it opens the text, after BOS at most
         header = pieces[0].removeprefix(tokenizer.bos_token or "\0")
     own = len(header) if pieces[0].endswith(header) else 0
     cuts = [(len(pieces[0]) - own, PREAMBLE, False), (len(pieces[0]), 0, False)]
@@ -161,7 +178,7 @@ def render(tokenizer, chat: Chat) -> Rendered:
         closing = len(piece)
         if turn + 1 < len(chat):
             try:
-                closing = _common_prefix(piece, _skeleton(tokenizer, chat[: turn + 1], False)[-1])
+                closing = _closing(tokenizer, piece, _skeleton(tokenizer, chat[: turn + 1], False)[-1])
             except LqaError:
                 closing = 0  # a turn that the template does not show alone (Gemma's system): what follows opens the next
         end = cuts[-1][0]
@@ -172,7 +189,11 @@ def render(tokenizer, chat: Chat) -> Rendered:
     for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         while cut < len(cuts) - 1 and cuts[cut][0] <= start:
             cut += 1
-        _, turn, content = cuts[cut]
+        reach = cut  # " user" may join the template's space and the content's first word: it is content
+        while reach < len(cuts) - 1 and cuts[reach][0] < end and not cuts[reach][2]:
+            reach += 1
+        shown = cuts[reach][2] and cuts[reach][0] > cuts[reach - 1][0]
+        _, turn, content = cuts[reach if shown else cut]
         role = "system" if turn == PREAMBLE else chat[turn]["role"]
         tokens.append(Token(token_id, text[start:end], turn, role, content))
     return Rendered(tuple((m["role"], m["content"]) for m in chat), text, tuple(tokens))

@@ -101,7 +101,7 @@ def decode(
         cache = prefix.rows([row.prefix for row in rows])
         inputs = _left_padded(prefix, [row.suffix for row in rows], device)
     alive = list(range(len(rows)))
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         with session() as model:
             logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
             tokens = choose(logits)

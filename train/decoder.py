@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -73,18 +72,6 @@ def _is_number(text: str) -> bool:  # YAML 1.1 reads 1e-4 as text
     return True
 
 
-def code_version() -> str:
-    """The git commit of this checkout with "+dirty" if files differ from it; the package's version outside of one."""
-    try:
-        root = Path(__file__).parent
-        run = lambda *a: subprocess.run(["git", *a], cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
-        return run("rev-parse", "--short=12", "HEAD") + ("+dirty" if run("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        import lqa
-
-        return lqa.__version__
-
-
 def build_trainer(config: TrainConfig, callbacks=()):
     """The trainer for `config`, with data and adapter in place."""
     import peft
@@ -94,6 +81,7 @@ def build_trainer(config: TrainConfig, callbacks=()):
     from lqa import corpus
     from lqa.config import DecoderConfig, default_prompt
     from lqa.models import load_base
+    from lqa.provenance import code_version
     from train.collator import ActivationCache, LatentQACollator
     from train.data import build_examples, build_validation
     from train.trainer import LatentQATrainer
@@ -147,7 +135,8 @@ def build_trainer(config: TrainConfig, callbacks=()):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.decoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m train.decoder", description=__doc__, formatter_class=plain)
     parser.add_argument("--config", required=True, help="a YAML file, see train/configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
     options = parser.parse_args(argv)

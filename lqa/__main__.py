@@ -1,0 +1,5 @@
+import sys
+
+from lqa.cli import main
+
+sys.exit(main())

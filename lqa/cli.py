@@ -1,0 +1,166 @@
+"""The command line: `python -m lqa ask | score | chat | eval | bench`.  Bad input: one sentence on stderr, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from lqa.errors import LqaError
+
+
+def _chat(options) -> list[dict[str, str]]:
+    """The chat of --chat, or of --user and --system; checked before any model is loaded."""
+    from lqa.chat import check_chat
+
+    if options.chat is not None:
+        if options.user is not None or options.system is not None:
+            raise LqaError("Give either --chat or --user (with --system), not both.")
+        try:
+            chat = json.loads(Path(options.chat).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise LqaError(f"The chat file {options.chat} cannot be read: {error}.") from error
+        except json.JSONDecodeError as error:
+            raise LqaError(f"The chat file {options.chat} is not JSON ({error}); it must hold a list of role/content messages.") from error
+        return check_chat(chat)
+    if options.user is None:
+        raise LqaError("Give the chat with --user TEXT (and --system TEXT), or with --chat FILE.json.")
+    system = [{"role": "system", "content": options.system}] if options.system is not None else []
+    return check_chat([*system, {"role": "user", "content": options.user}])
+
+
+def _span(text: str):
+    """A span as DESIGN writes it; a list of indices as `3,5,8`."""
+    parts = text.split(",")
+    return [int(p) for p in parts] if len(parts) > 1 and all(p.strip().isdigit() for p in parts) else text
+
+
+def _decoder(options):
+    from lqa.decoder import LatentDecoder
+
+    return LatentDecoder.from_pretrained(options.decoder)
+
+
+def _print(document: dict) -> None:
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def ask(options) -> None:
+    chat = _chat(options)
+    reading = _decoder(options).read(chat, _span(options.span), options.layer)
+    answers = reading.ask(options.question, grounding=options.grounding, max_new_tokens=options.max_new_tokens)
+    if options.json:
+        entries = [asdict(a) for a in answers]
+        entries = [{"question": e["question"], "answer": e["text"], **{k: e[k] for k in ("confidence", "grounding")}} for e in entries]
+        return _print({"answers": entries, "tokens": reading.tokens, "span": list(reading.span), "layer": reading.layer})
+    for a in answers:
+        print(f"Q: {a.question}\nA: {a.text}   (confidence {a.confidence:.2f})")
+        for name, text in asdict(a.grounding).items() if a.grounding else ():
+            print(f"   {name}: {text}")
+
+
+def score(options) -> None:
+    chat = _chat(options)
+    reading = _decoder(options).read(chat, _span(options.span), options.layer)
+    scores = reading.score(options.question, options.answer)
+    if options.json:
+        return _print({"question": options.question, "answers": [asdict(s) for s in scores]})
+    print(f"Q: {options.question}\n   logprob   without activations   (mean per token, nats)")
+    for s in sorted(scores, key=lambda s: s.logprob - s.logprob_none, reverse=True):
+        print(f"{s.logprob:10.3f} {s.logprob_none:21.3f}   {s.text}")
+
+
+def chat(options) -> None:
+    messages = _chat(options)
+    decoder = _decoder(options)
+    if options.json:
+        return _print({"reply": decoder.generate(messages, max_new_tokens=options.max_new_tokens)})
+    for piece in decoder.stream_reply(messages, max_new_tokens=options.max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+def evaluate(options) -> None:
+    from lqa.evals import runner
+
+    if options.suites[0] == "report":
+        if len(options.suites) < 2:
+            raise LqaError("Name at least one results folder: `python -m lqa eval report DIR`.")
+        return runner.print_report(options.suites[1:])
+    if options.out is None:
+        raise LqaError("Name a folder for the results with --out DIR.")
+    results = runner.run(options.suites, options.out, folder=options.data, decoder_source=options.decoder, limit=options.limit)
+    print(runner.report(results))
+
+
+def bench(options) -> None:
+    from lqa import bench as benchmarks
+
+    if options.name == "read":
+        result = benchmarks.bench_read(options.decoder, repeats=options.repeats)
+    else:
+        result = benchmarks.bench_train(options.config, repeats=options.repeats)
+    _print(result) if options.json else print(benchmarks.format_bench(result))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m lqa", description="Read a language model's activations in natural language.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--decoder", metavar="PATH|HUB_ID", help="a decoder folder or Hub id (default: the embedded one)")
+        return sub
+
+    def chat_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--user", metavar="TEXT", help="the user's message")
+        sub.add_argument("--system", metavar="TEXT", help="a system prompt before it")
+        sub.add_argument("--chat", metavar="FILE.json", help="a whole chat instead: a list of role/content messages")
+        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+
+    def reading_flags(sub: argparse.ArgumentParser) -> None:
+        chat_flags(sub)
+        spans = "all, system, user, assistant, turn:T, from:T, last:N, A:B, or indices 3,5,8 (default: all)"
+        sub.add_argument("--span", default="all", help=spans)
+        sub.add_argument("--layer", type=int, metavar="K", help="read layer, a 0-based block (default: the decoder's)")
+
+    sub = command("ask", ask, "Ask questions about the activations of a chat.")
+    reading_flags(sub)
+    sub.add_argument("-q", "--question", action="append", required=True, metavar="Q", help="a question; may be given several times")
+    sub.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer in tokens (default: 48)")
+    sub.add_argument("--grounding", action="store_true", help="also answer from no activations, another chat's, and the visible text only")
+
+    sub = command("score", score, "Score given answers to a question, with and without the activations.")
+    reading_flags(sub)
+    sub.add_argument("-q", "--question", required=True, metavar="Q", help="the question")
+    sub.add_argument("--answer", action="append", required=True, metavar="A", help="an answer to score; give several to compare")
+
+    sub = command("chat", chat, "Let the target itself reply to a chat.")
+    chat_flags(sub)
+    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest reply in tokens (default: 128)")
+
+    sub = command("eval", evaluate, "Evaluate a decoder against its references; `eval report DIR ...` prints results again.")
+    sub.add_argument("suites", nargs="+", metavar="SUITE", help="identify; or: report DIR ...")
+    sub.add_argument("--data", metavar="DIR", help="outside evaluation data (default: the corpus's own test split)")
+    sub.add_argument("--limit", type=int, metavar="N", help="use at most N items, drawn with a fixed seed")
+    sub.add_argument("--out", metavar="DIR", help="where to write the results")
+
+    sub = command("bench", bench, "Measure speed against named alternatives in the same run.")
+    sub.add_argument("name", choices=["read", "train"])
+    sub.add_argument("--config", default="train/configs/smollm2-135m-instruct.yaml", help="training config for `train`")
+    sub.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds; medians are reported (default: 3)")
+    sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        options.run(options)
+    except LqaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,1 @@
+"""Evaluation suites: what a decoder reads, held against its references.  `python -m lqa eval SUITE ... --out DIR`."""

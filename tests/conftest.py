@@ -1,0 +1,177 @@
+"""Shared by all tests: an offline environment, and tiny random models of every family with tokenizers and templates of their own kind."""
+
+import os
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+# Two torch jobs at two threads on two cores are several times slower than at one.
+os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("LQA_TEST_THREADS", "1"))
+
+from functools import cache
+
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from lqa.models import Base
+
+torch.set_num_threads(int(os.environ.get("LQA_TEST_THREADS", "1")))
+
+# As on the Hub: each family's template has habits that a naive reading of it gets wrong.
+TEMPLATES = {
+    # SmolLM2: a default system prompt where the chat has none
+    "chatml": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+        "<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n"
+        "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    # Llama 3: BOS as text (the tokenizer would add another one), contents trimmed
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    # Qwen 3: the last answer gets an empty think block, earlier ones lose theirs
+    "qwen3": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
+        "{% if loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'].split('</think>')[-1].lstrip('\n') }}<|im_end|>\n"
+        "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    # Gemma 3: the system turn is put into the user's, the assistant is called model, roles must alternate, contents trimmed
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+        "{% set rest = messages[1:] %}"
+        "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+        "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ first if loop.first else '' }}{{ m['content'] | trim }}"
+        "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
+    # Mistral 0.3: no generation header, the end of an answer is EOS, the system prompt stands in the first instruction
+    "mistral": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+        "{% set rest = messages[1:] %}"
+        "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+        "{% if m['role'] == 'user' %}[INST] {{ first if loop.first else '' }}{{ m['content'] }}[/INST]"
+        "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
+        "{% else %}{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}{% endfor %}"
+    ),
+    # gpt-oss: a preamble, system text as the developer's, a channel in answers, the last answer closed by another token than the others
+    "harmony": (
+        "<|start|>system<|message|>You are ChatGPT, a large language model.\nKnowledge cutoff: 2024-06<|end|>{% for m in messages %}"
+        "{% if m['role'] == 'system' %}<|start|>developer<|message|># Instructions\n\n{{ m['content'] }}\n\n<|end|>"
+        "{% elif m['role'] == 'user' %}<|start|>user<|message|>{{ m['content'] }}<|end|>"
+        "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m['content'] }}"
+        "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    ),
+    "none": None,
+}
+
+SPECIALS = {  # style: (bos, eos, further special tokens, is BOS added by the tokenizer)
+    "chatml": ("<|im_start|>", "<|im_end|>", [], False),
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"], True),
+    "qwen3": (None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"], False),
+    "gemma": ("<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], True),
+    "mistral": ("<s>", "</s>", ["[INST]", "[/INST]"], True),
+    "harmony": ("<|startoftext|>", "<|return|>", ["<|start|>", "<|message|>", "<|channel|>", "<|end|>"], False),
+    "none": ("<s>", "</s>", [], True),
+}
+
+STYLE = {"llama": "llama3", "qwen3": "qwen3", "gemma3": "gemma", "mistral": "mistral", "gptoss": "harmony"}
+STYLE |= {"smol": "chatml", "plain": "none"}
+FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "gptoss"]
+
+_TEXT = """You are a helpful AI assistant. Speak like a pirate. The user asks what the weather will be like tomorrow. system user assistant
+model Layer 0: 1: 2: 3: Instructions Knowledge How will the assistant speak? Who is it? Formally. Like a pirate, with many words of the sea.
+What does the person want? It is a doctor from France who likes to cook. Please answer in one sentence and tell me about the city."""
+
+
+@cache
+def _trained(style: str) -> str:
+    bos, eos, more, _ = SPECIALS[style]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [AddedToken(t, special=True, normalized=False) for t in (bos, eos, *more) if t]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    return tokenizer.to_str()
+
+
+def make_tokenizer(style: str):
+    """A byte-level BPE tokenizer of about 400 tokens with the special tokens and the chat template of `style`."""
+    bos, eos, _, adds_bos = SPECIALS[style]
+    backend = Tokenizer.from_str(_trained(style))
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=eos)
+    tokenizer.chat_template = TEMPLATES[style]
+    return tokenizer
+
+
+def make_model(family: str, vocabulary: int, **overrides):
+    """A random causal model: 3 blocks, 32 wide.  Weights are large enough for its outputs to depend on its inputs."""
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    kind, own = {
+        "qwen3": ("Qwen3", {}),
+        "gemma3": ("Gemma3Text", {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        "mistral": ("Mistral", {"sliding_window": None}),
+        "gptoss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}}),
+    }.get(family, ("Llama", {}))
+    model = {"Gemma3Text": "Gemma3"}.get(kind, kind)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes | own | overrides)
+    return getattr(transformers, f"{model}ForCausalLM")(config).float().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny(name, **config): a new Base of the family ("llama", "qwen3", "gemma3", "mistral", "gptoss"), or of a tiny Llama with SmolLM2's
+    template ("smol") or none ("plain").  The same arguments give the same weights."""
+
+    def build(name: str, **overrides) -> Base:
+        tokenizer = make_tokenizer(STYLE[name])
+        return Base(make_model(name, len(tokenizer), **overrides), tokenizer, f"tiny/{name}")
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of():
+    """tokenizer_of(style): a tokenizer with the chat template of that style, without a model."""
+    return make_tokenizer
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request, tiny):
+    """A tiny model of every family in turn."""
+    return tiny(request.param)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; part of the default run")
