@@ -37,6 +37,8 @@ class Capture:
         return self._acts[layer]
 
     def __enter__(self) -> Capture:
+        if outside := [layer for layer in self.layers if not 0 <= layer < len(self._blocks)]:
+            raise LqaError(f"There is no block {outside[0]}; this model has the blocks 0 to {len(self._blocks) - 1}.")
         for layer in self.layers:
             self._handles.append(self._blocks[layer].register_forward_hook(self._keep(layer)))
         return self

@@ -133,13 +133,15 @@ class LatentDecoder:
 
     def _pieces(self, steps: Iterator[list[engine.Step]]) -> Iterator[str]:
         """The text of a one-row decode as it grows; a piece ends only where a character does."""
-        ids, shown = [], ""
+        ids, shown, text = [], "", ""
         for step in steps:
             ids.append(step[0].token)
             text = self.base.tokenizer.decode(ids, skip_special_tokens=True)
             if not text.endswith("\ufffd") and len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
+        if text != shown:  # it ended inside a character
+            yield text[len(shown) :]
 
     def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[tuple[str, float]]:
         """Text and mean token probability of every row of a decode."""

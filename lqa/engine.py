@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from lqa.errors import LqaError
 
@@ -39,6 +40,29 @@ class Step(NamedTuple):
     probability: float
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer of the KV cache with room for the tokens to come.
+
+    DynamicLayer copies everything it holds for every token, a sixth of a decoding step on CPU.  Here a token is written into its place,
+    and `keys` and `values` are what is filled of larger tensors; when they are full, or somebody has replaced them, larger ones are made.
+    """
+
+    ROOM = 64  # tokens
+    _keys = _values = _shown = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if key_states.shape[-2] != 1 or not self.is_initialized:  # a prefill: nothing needs room behind it yet
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = self.keys.shape[-2]
+        if self.keys is not self._shown or held == self._keys.shape[-2]:
+            self._keys, self._values = (torch.nn.functional.pad(x, (0, 0, 0, self.ROOM)) for x in (self.keys, self.values))
+        self._keys[:, :, held] = key_states[:, :, 0]
+        self._values[:, :, held] = value_states[:, :, 0]
+        self.keys, self.values = self._keys[:, :, : held + 1], self._values[:, :, : held + 1]
+        self._shown = self.keys
+        return self.keys, self.values
+
+
 @dataclass(frozen=True)
 class Prefix:
     """The KV cache of a batch of prefilled prefixes, each of `length` tokens."""
@@ -46,9 +70,9 @@ class Prefix:
     cache: DynamicCache
     length: int
 
-    def rows(self, which: Sequence[int]) -> DynamicCache:
+    def rows(self, which: Sequence[int]) -> Cache:
         """A cache with a copy of prefix w for every w of `which`; this one stays as it is."""
-        cache = DynamicCache()
+        cache = Cache(layer_class_to_replicate=RoomyLayer)
         for i, layer in enumerate(self.cache.layers):
             index = torch.as_tensor(which, device=layer.keys.device)
             cache.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), i)

@@ -60,7 +60,8 @@ def inject(residual: Tensor, slots: Tensor, activations: Tensor, operation: Oper
         raise LqaError("An activation to inject is not finite (NaN or infinite); the target's forward pass has overflowed.")
     h = activations.to(residual.dtype)
     if operation.name != "replace":
-        direction = h / h.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)
+        norm = h.norm(dim=-1, keepdim=True)
+        direction = h / norm.masked_fill(norm == 0, 1)  # nothing to point at stays nothing, in the gradient too
         if operation.name == "replace_scaled":
             h = operation.constant * direction
         else:

@@ -19,6 +19,9 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from lqa.chat import render, resolve_span
+from lqa.config import DecoderConfig, default_prompt
+from lqa.injection import Injection
 from lqa.models import Base
 
 torch.set_num_threads(int(os.environ.get("LQA_TEST_THREADS", "1")))
@@ -149,16 +152,17 @@ def make_model(family: str, vocabulary: int, **overrides):
     return getattr(transformers, f"{model}ForCausalLM")(config).float().eval()
 
 
+def tiny_base(name: str, **overrides) -> Base:
+    tokenizer = make_tokenizer(STYLE[name])
+    return Base(make_model(name, len(tokenizer), **overrides), tokenizer, f"tiny/{name}")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """tiny(name, **config): a new Base of the family ("llama", "qwen3", "gemma3", "mistral", "gptoss"), or of a tiny Llama with SmolLM2's
     template ("smol") or none ("plain").  The same arguments give the same weights."""
 
-    def build(name: str, **overrides) -> Base:
-        tokenizer = make_tokenizer(STYLE[name])
-        return Base(make_model(name, len(tokenizer), **overrides), tokenizer, f"tiny/{name}")
-
-    return build
+    return tiny_base
 
 
 @pytest.fixture(scope="session")
@@ -173,5 +177,163 @@ def base(request, tiny):
     return tiny(request.param)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; part of the default run")
+def make_config(base: Base, **changes) -> DecoderConfig:
+    values = {
+        "base": {"name": base.name, "weights": base.weights, "fingerprint": base.fingerprint()},
+        "read_layers": [0, 1],
+        "layers_per_reading": 1,
+        "default_layer": 1,
+        "write_layer": 0,
+        "injection": "replace_scaled",
+        "injection_constant": 4.5,
+        "conditioning": "raw",
+        "slot_token_id": base.tokenizer(" ?", add_special_tokens=False)["input_ids"][0],
+        "prompt": default_prompt(base.tokenizer),
+        "positions": "sequential",
+        "answer_role": "assistant",
+        "lora": {"r": 4},
+        "corpus": {"name": "é"},
+        "training": {"code": "test", "loss": 1.25},
+    }
+    return DecoderConfig(**values | changes)
+
+
+@pytest.fixture(scope="session")
+def config_for():
+    """config_for(base, **changes): a sidecar for a tiny base; it reads layers 0 and 1, and replaces behind block 0 with scaling."""
+    return make_config
+
+
+def example(n: int, span: str = "turn:-1", layer: int = 1, qa: int = 2, patched: bool = True, **changes) -> dict:
+    """The n-th of a few training examples that differ in all their lengths."""
+    words = "pirate doctor cook sea city weather".split()
+    chat = [
+        {"role": "system", "content": f"Speak like a {words[n % 6]}" + " at sea" * (n % 3) + "."},
+        {"role": "user", "content": f"What of {n}?"},
+    ]
+    pairs = [
+        {"question": "How will the assistant speak?" + " Please." * i, "answer": f"Like a {words[(n + i) % 6]}" + "!" * i}
+        for i in range(qa)
+    ]
+    return {
+        "id": f"goal-test-{n}",
+        "form": "system",
+        "chat": chat,
+        "span": span,
+        "layers": [layer],
+        "qa": pairs,
+        "patched": patched,
+    } | changes
+
+
+@pytest.fixture(scope="session")
+def examples():
+    """examples(n): n training examples with spans, layers and numbers of questions of many kinds, every fourth one not patched."""
+
+    def build(n: int, **changes) -> list[dict]:
+        spans = ["turn:-1", "all", "last:3"]
+        return [example(i, spans[i % 3], i % 2, **{"qa": 1 + i % 3, "patched": i % 4 != 3} | changes) for i in range(n)]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(tiny, config_for, tmp_path_factory):
+    """decoder_folder(family, **sidecar changes): a decoder for a tiny base as a folder, with a random LoRA that changes every answer."""
+    import peft
+
+    def build(family: str = "smol", **changes):
+        base = tiny(family)
+        folder = tmp_path_factory.mktemp(f"decoder-{family}")
+        torch.manual_seed(1)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        peft.get_peft_model(base.model, lora).save_pretrained(folder)
+        config_for(tiny(family), **changes).save(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture
+def tiny_decoder(tiny, decoder_folder):
+    """tiny_decoder(family): a LatentDecoder over a tiny base."""
+    from lqa import LatentDecoder
+
+    return lambda family="smol", **changes: LatentDecoder.from_pretrained(decoder_folder(family, **changes), base=tiny(family))
+
+
+def separate(base, config, rows):
+    """The log-probabilities of all answers' tokens in order, from one plain row per question: no packing, mask, padding or positions."""
+    out = []
+    for row in rows:
+        rendered = render(base.tokenizer, row["chat"])
+        span = resolve_span(row["span"], rendered)
+        layer = row["layers"][0]
+        with torch.no_grad():
+            seen = []
+            handle = base.blocks[layer].register_forward_hook(lambda m, a, o: seen.append(o if torch.is_tensor(o) else o[0]))  # noqa: B023
+            base.model(input_ids=torch.tensor([rendered.ids]))
+            handle.remove()
+            for pair in row["qa"]:
+                ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), row["layers"])
+                answer = config.prompt.answer(base.tokenizer, pair["answer"])
+                ids = ids + config.prompt.question(base.tokenizer, pair["question"]) + answer
+                slots = torch.tensor([slots + [False] * (len(ids) - len(slots))]) & row["patched"]
+                values = seen[0][0, span] if row["patched"] else torch.empty(0, base.hidden_size)
+                with Injection(base, config.write_layer, config.operation) as injection, injection.armed(slots, values):
+                    logprobs = base.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                n = len(answer)
+                out.append(logprobs[-n - 1 : -1].gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1))
+    return torch.cat(out)
+
+
+@pytest.fixture(scope="session", name="separate")
+def _separate():
+    """separate(base, config, rows): the log-probabilities of all answers' tokens by the plainest forward passes."""
+    return separate
+
+
+def make_trainer(base, config, out, rows, evaluation=None, cache=None, dropout=0.0, callbacks=None, **args):
+    import peft
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from train.collator import ActivationCache, LatentQACollator
+    from train.trainer import LatentQATrainer
+
+    values = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=8, lora_dropout=dropout, base_model_name_or_path=base.name
+    )
+    base.model.config._name_or_path = base.name
+    store = ActivationCache(cache, base.fingerprint()) if cache else None
+    return LatentQATrainer(
+        base,
+        config,
+        LatentQACollator(base.tokenizer, config, base.context, store),
+        SFTConfig(**values | args),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=evaluation,
+        peft_config=lora,
+        callbacks=callbacks,
+    )
+
+
+@pytest.fixture(scope="session")
+def trainer_for():
+    """trainer_for(base, config, out, rows, evaluation=None, cache=None, **SFTConfig): a trainer of a rank 4 LoRA, on CPU."""
+    return make_trainer

@@ -87,8 +87,10 @@ def build_trainer(config: TrainConfig, callbacks=()):
     from train.trainer import LatentQATrainer
 
     defaults = {"bf16": torch.cuda.is_available(), "gradient_checkpointing": False, "disable_tqdm": None}
+    # YAML reads a bare `no` as false, which is what the strategies call "no".
+    given = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in config.training_args.items()}
     try:
-        args = SFTConfig(**defaults | config.training_args)
+        args = SFTConfig(**defaults | given)
         mixture = MixtureConfig(**config.mixture)
         lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | config.lora)
     except (TypeError, ValueError) as error:

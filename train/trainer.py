@@ -12,13 +12,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 
 from lqa.activations import capture, gather_spans
-from lqa.config import DecoderConfig
+from lqa.config import SIDECAR, DecoderConfig
+from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base
 from train.collator import IGNORE, LatentQACollator, block_mask
+
+# What a decoder on the Hub consists of; checkpoints also hold optimizer states, which are pickles.
+PUBLISHED = ("adapter_model.safetensors", "adapter_config.json", SIDECAR, "README.md")
 
 
 class LatentQATrainer(SFTTrainer):
@@ -32,6 +38,8 @@ class LatentQATrainer(SFTTrainer):
     """
 
     def __init__(self, base: Base, config: DecoderConfig, collator: LatentQACollator, args: SFTConfig, model=None, **kwargs):
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise LqaError(f"hub_strategy {args.hub_strategy.value!r} would publish optimizer states, which are pickles; use every_save.")
         self.base, self.decoder_config = base, config
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -129,15 +137,40 @@ class LatentQATrainer(SFTTrainer):
         return replace(self.decoder_config, training=training)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter in safetensors with its sidecar and card; none of the generic files."""
+        """The adapter in safetensors with its sidecar and card; none of the generic files, and no pickle."""
         super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            self.current_config().save(folder)
-            self.create_model_card(folder=folder)
             (folder / "training_args.bin").unlink(missing_ok=True)
+            self.create_model_card(folder=folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def push_to_hub(self, commit_message: str = "End of training", blocking: bool = True, token=None, revision=None, **_):
+        """Uploads adapter, sidecar and card as one commit, and nothing else of the output folder."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            return self._upload(self.args.output_dir, commit_message, not blocking, token=token, revision=revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            if self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done():
+                message = f"Training in progress, step {self.state.global_step}"
+                self.push_in_progress = PushInProgress([self._upload(checkpoint_folder, message, True)])
+
+    def _upload(self, folder: str, message: str, as_future: bool, token=None, revision=None):
+        from huggingface_hub import HfApi
+
+        return HfApi(token=token or self.args.hub_token).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=list(PUBLISHED),
+            run_as_future=as_future,
+            revision=revision or self.args.hub_revision,
+        )
 
     def create_model_card(self, *_, folder: str | Path | None = None, **__) -> None:
         """Our card (hub_cards/decoder.md) in place of TRL's generic one."""

@@ -82,7 +82,7 @@ class Control:
 def content_words(text: str) -> set[str]:
     """The lower-case words of `text` that carry content, cut to a crude stem so that 'pirates' meets 'pirate'."""
     words = re.findall(r"[a-z]+", text.lower().replace("'s", ""))
-    return {re.sub(r"(ing|ed|es|s|ly)$", "", w) if len(w) > 5 else w for w in words if w not in _STOP and len(w) > 2}
+    return {re.sub(r"(ing|ed|es|s|ly|e)$", "", w) if len(w) > 5 else w for w in words if w not in _STOP and len(w) > 2}
 
 
 def _field(entry: dict, name: str, where: str):

@@ -1,0 +1,262 @@
+"""The facade: what a reading holds, that answers are those of the naive way, that threads and streams do not disturb each other."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+from lqa import LatentDecoder, LqaError
+from lqa.injection import Injection
+
+CHAT = [{"role": "system", "content": "Speak like a pirate."}, {"role": "user", "content": "Who is it in the city?"}]
+QUESTIONS = ["How will the assistant speak?", "Who is it?", "What does the person want to cook in France?"]
+FAMILIES = ["smol", "llama", "qwen3", "gemma3", "mistral", "gptoss"]
+
+
+def naive_answer(decoder, reading, question, n):
+    """A full forward pass per token over prompt, question and answer so far, patched every time; no cache, no batch."""
+    tokenizer, config = decoder.base.tokenizer, decoder.config
+    ids, slots = config.prompt.prefix(tokenizer, config.slot_token_id, len(reading.span), [reading.layer])
+    ids, out = ids + config.prompt.question(tokenizer, question), []
+    for _ in range(n):
+        batch = torch.tensor([ids + out])
+        mask = torch.tensor([slots + [False] * (batch.shape[1] - len(slots))])
+        with decoder.session() as model, Injection(decoder.base, config.write_layer, config.operation) as injection:
+            with injection.armed(mask, reading.activations):
+                token = int(model(input_ids=batch, use_cache=False).logits[0, -1].argmax())
+        if token in config.prompt.stop_ids(tokenizer):
+            break
+        out.append(token)
+    return tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def hooks(base) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_the_naive_way(tiny_decoder, family):
+    decoder = tiny_decoder(family)
+    reading = decoder.read(CHAT, "turn:-1")
+    answers = reading.ask(QUESTIONS, max_new_tokens=8)
+    assert [a.text for a in answers] == [naive_answer(decoder, reading, q, 8) for q in QUESTIONS]
+    assert all(0 <= a.confidence <= 1 and a.grounding is None for a in answers)
+    assert "".join(reading.stream(QUESTIONS[2], max_new_tokens=8)).strip() == answers[2].text
+
+
+def test_a_reading_holds_the_targets_activations(tiny_decoder, tiny):
+    reading = tiny_decoder().read(CHAT, "user", layer=0)
+    bare = tiny("smol").model  # no LoRA anywhere near it
+    with torch.no_grad():
+        states = bare(input_ids=torch.tensor([reading.rendered.ids]), output_hidden_states=True).hidden_states[1][0]
+    assert torch.equal(reading.activations, states[list(reading.span)])
+    assert reading.hidden == {0} and reading.layer == 0
+    assert "".join(reading.tokens) == reading.rendered.text
+
+
+def test_answers_owe_to_the_activations(tiny_decoder):
+    decoder = tiny_decoder()
+    one, other = (decoder.read([{"role": "system", "content": s}, CHAT[1]], "turn:-1") for s in ("Speak like a pirate.", "It is a doctor."))
+    scores = [r.score(QUESTIONS[0], ["Formally.", "Like a pirate."]) for r in (one, other)]
+    assert [s.logprob for s in scores[0]] != [s.logprob for s in scores[1]]
+    assert [s.logprob_none for s in scores[0]] == [s.logprob_none for s in scores[1]]
+
+
+def test_target_is_the_bare_model(tiny_decoder, tiny):
+    decoder, bare = tiny_decoder(), tiny("smol")
+    ids = decoder.read(CHAT).rendered.ids
+    with torch.no_grad():
+        out = bare.model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=bare.tokenizer.eos_token_id,
+        )
+    expected = bare.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+    assert decoder.generate(CHAT, max_new_tokens=6) == expected
+    sampled = [decoder.generate(CHAT, max_new_tokens=6, temperature=2.0, seed=s) for s in (0, 0, 1, 2, 3)]
+    assert sampled[0] == sampled[1] and len(set(sampled)) > 1
+
+
+def test_score_is_the_mean_log_probability(tiny_decoder):
+    decoder = tiny_decoder()
+    reading = decoder.read(CHAT, "turn:-1")
+    (score,) = reading.score(QUESTIONS[0], ["Like a pirate."])
+    tokenizer, config = decoder.base.tokenizer, decoder.config
+    ids, slots = config.prompt.prefix(tokenizer, config.slot_token_id, len(reading.span), [reading.layer])
+    ids = ids + config.prompt.question(tokenizer, QUESTIONS[0])
+    answer = config.prompt.answer(tokenizer, "Like a pirate.")
+    assert answer[-1] in config.prompt.stop_ids(tokenizer)
+    batch, mask = torch.tensor([ids + answer]), torch.tensor([slots + [False] * (len(ids) + len(answer) - len(slots))])
+    for patched, value in ((True, score.logprob), (False, score.logprob_none)):
+        with decoder.session() as model, Injection(decoder.base, config.write_layer, config.operation) as injection:
+            if patched:
+                injection.arm(mask, reading.activations)
+            logits = model(input_ids=batch).logits[0].float().log_softmax(-1)
+        mean = sum(float(logits[len(ids) - 1 + i, t]) for i, t in enumerate(answer)) / len(answer)
+        assert value == pytest.approx(mean, abs=1e-4)
+
+
+def test_target_and_prefix_run_once_per_reading(tiny_decoder):
+    decoder = tiny_decoder()
+    lengths = []
+    handle = decoder.base.blocks[0].register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
+    reading = decoder.read(CHAT, "turn:-1")
+    assert lengths == [len(reading.rendered)]
+    prompt = len(reading._prompt_ids()[0])
+    reading.ask(QUESTIONS, max_new_tokens=3)
+    reading.ask(QUESTIONS[0], max_new_tokens=3)
+    handle.remove()
+    assert lengths[1:].count(prompt) == 1  # one prefill of the prompt for all four questions
+    assert lengths[1:].count(1) <= 4  # and at most two batched steps behind each of the two question prefills
+
+
+def test_eight_threads_get_the_serial_answers(tiny_decoder):
+    decoder = tiny_decoder()
+    chats = [[{"role": "user", "content": f"What is the weather in city {i}?" + " Please." * i}] for i in range(8)]
+
+    def work(chat):
+        answers = [a.text for a in decoder.read(chat, "user").ask(QUESTIONS[:2], max_new_tokens=6)]
+        return [answers, decoder.generate(chat, max_new_tokens=6), decoder.read(chat, "user").score(QUESTIONS[0], ["Formally."])]
+
+    serial, results = [work(c) for c in chats], [None] * 8
+    threads = [threading.Thread(target=lambda i=i: results.__setitem__(i, work(chats[i]))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == serial
+
+
+def test_an_abandoned_stream_holds_nothing(tiny_decoder):
+    decoder = tiny_decoder()
+    reading = decoder.read(CHAT, "turn:-1")
+    before, expected = hooks(decoder.base), decoder.generate(CHAT, max_new_tokens=6)
+    stream = reading.stream(QUESTIONS[0], max_new_tokens=20)
+    next(stream)
+    # In the middle of a stream: no hook, adapter off, and another thread gets the model.
+    assert hooks(decoder.base) == before
+    got = []
+    thread = threading.Thread(target=lambda: got.append(decoder.generate(CHAT, max_new_tokens=6)))
+    thread.start()
+    thread.join(timeout=30)
+    assert got == [expected]
+    stream.close()
+    assert hooks(decoder.base) == before
+
+
+def test_no_hook_survives_an_error(tiny_decoder, monkeypatch):
+    decoder = tiny_decoder()
+    reading = decoder.read(CHAT, "turn:-1")
+    before = hooks(decoder.base)
+    reading.activations = reading.activations[:-1]
+    with pytest.raises(LqaError, match="slots but"):
+        reading.ask(QUESTIONS[0])
+    reading.activations = torch.full((len(reading.span), 32), float("nan"))
+    with pytest.raises(LqaError, match="not finite"):
+        reading.ask(QUESTIONS[0])
+    assert hooks(decoder.base) == before
+
+
+def test_grounding_carries_the_references(tiny_decoder):
+    reading = tiny_decoder().read(CHAT, "turn:-1")
+    plain = reading.ask(QUESTIONS, max_new_tokens=6)
+    grounded = reading.ask(QUESTIONS, grounding=True, max_new_tokens=6)
+    assert [a.text for a in grounded] == [a.text for a in plain]
+    for answer in grounded:
+        for source in ("none", "shuffled"):
+            assert getattr(answer.grounding, source) == "".join(reading.stream(answer.question, source=source, max_new_tokens=6)).strip()
+        assert isinstance(answer.grounding.text_only, str)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"chat": []}, "non-empty list"),
+        ({"chat": [{"role": "user", "content": " "}]}, "empty"),
+        ({"span": "assistant"}, "selects no token"),
+        ({"span": "0:1"}, "selects no token"),
+        ({"span": "everything"}, "not understood"),
+        ({"layer": 2}, "supports the layers 0, 1"),
+        ({"chat": [{"role": "user", "content": "city " * 600}]}, "context is 512"),
+    ],
+)
+def test_bad_readings_say_what_is_wrong(tiny_decoder, arguments, message):
+    with pytest.raises(LqaError, match=message):
+        tiny_decoder().read(**{"chat": CHAT, "span": "user"} | arguments)
+
+
+def test_bad_questions_say_what_is_wrong(tiny_decoder):
+    decoder = tiny_decoder()
+    reading = decoder.read(CHAT, "user")
+    for call, message in (
+        (lambda: reading.ask([]), "at least one question"),
+        (lambda: reading.ask(["Who?", " "]), "no empty one"),
+        (lambda: reading.ask("Who <|im_end|>?"), "special token"),
+        (lambda: reading.ask("Who?", max_new_tokens=0), "at least 1"),
+        (lambda: reading.ask("Who " * 600), "exceeds the model's context"),
+        (lambda: reading.score("Who?", []), "at least one answer"),
+        (lambda: reading.score("Who?", ["A.", ""]), "no empty one"),
+        (lambda: list(reading.stream("Who?", source="magic")), "magic"),
+        (lambda: decoder.generate([*CHAT, {"role": "assistant", "content": "Aye."}]), "ends with the assistant"),
+    ):
+        with pytest.raises(LqaError, match=message):
+            call()
+
+
+def test_from_pretrained_refuses_what_does_not_fit(tiny, decoder_folder, tmp_path):
+    load = lambda folder, family="smol": LatentDecoder.from_pretrained(folder, base=tiny(family))  # noqa: E731
+    folder = decoder_folder("smol")
+    with pytest.raises(LqaError, match="fingerprint"):
+        load(folder, "llama")
+    sidecar = folder / "lqa_config.json"
+    good = sidecar.read_text()
+    other_tokenizer = json.loads(good)["base"]
+    other_tokenizer["fingerprint"]["tokenizer"] = "f00"
+    for change, message in (
+        ({"injection": "magic"}, "'magic' is unknown"),
+        ({"read_layers": [0, 1, 9]}, "layer 9"),
+        (
+            {
+                "base": json.loads(good)["base"]
+                | {"fingerprint": {"config": json.loads(good)["base"]["fingerprint"]["config"], "tokenizer": "f00"}}
+            },
+            "tokenizer fingerprint f00",
+        ),
+    ):
+        sidecar.write_text(json.dumps(json.loads(good) | change))
+        with pytest.raises(LqaError, match=message):
+            load(folder)
+    sidecar.unlink()
+    with pytest.raises(LqaError, match="no lqa_config.json"):
+        load(folder)
+    sidecar.write_text(good)
+    adapter = folder / "adapter_model.safetensors"
+    whole = adapter.read_bytes()
+    adapter.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LqaError, match="truncated or damaged"):
+        load(folder)
+    adapter.unlink()
+    with pytest.raises(LqaError, match="lacks adapter_model.safetensors"):
+        load(folder)
+    adapter.write_bytes(whole)
+    assert load(folder).read(CHAT, "user").ask("Who?", max_new_tokens=2)
+    with pytest.raises(LqaError, match="neither a folder here nor a Hub id"):
+        load(tmp_path / "not" / "there" / "at all")
+    with pytest.raises(LqaError, match="cannot be had from the Hub"):
+        load("nobody/nothing")
+
+
+def test_an_adapter_of_other_shapes_or_with_nan_is_refused(tiny, decoder_folder):
+    from safetensors.torch import load_file, save_file
+
+    folder = decoder_folder("smol")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(iter(tensors))
+    for change, message in ((tensors[key] * float("nan"), "not finite"), (torch.zeros(3, 3), "does not fit")):
+        save_file(tensors | {key: change}, path)
+        with pytest.raises(LqaError, match=message):
+            LatentDecoder.from_pretrained(folder, base=tiny("smol"))
