@@ -376,7 +376,7 @@ def _paper_trainer(trainer):
             out = model(
                 input_ids=inputs["input_ids"],
                 position_ids=inputs["position_ids"],
-                attention_mask=block_mask(inputs["branch"], self.base.dtype),
+                attention_mask=block_mask(self.base.model.config, inputs["branch"], inputs["position_ids"], self.base.dtype),
                 labels=inputs["labels"],
                 num_items_in_batch=num_items_in_batch,
                 use_cache=False,

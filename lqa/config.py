@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from lqa.chat import _common_prefix, _header, _skeleton
+from lqa.conditioning import check_conditioning
 from lqa.errors import LqaError
 from lqa.injection import Operation
 
 SIDECAR = "lqa_config.json"
 SCHEMA_VERSION = 1
-CONDITIONINGS = ("raw",)
 POSITIONS = ("sequential",)
 
 
@@ -92,7 +92,8 @@ class DecoderConfig:
     write_layer: int  # 0-based block; -1 = the embeddings
     injection: str
     injection_constant: float | None
-    conditioning: str  # what is done to activations before they are injected
+    conditioning: str  # what is done to activations before they are injected (lqa.conditioning)
+    conditioning_constant: float | None
     slot_token_id: int
     prompt: Prompt
     positions: str  # "sequential": decoder positions count 0, 1, 2, ...
@@ -112,8 +113,7 @@ class DecoderConfig:
         if self.schema_version != SCHEMA_VERSION:
             raise LqaError(f"{SIDECAR} has the schema version {self.schema_version!r}, this lqa reads {SCHEMA_VERSION}; update lqa.")
         self.operation.check()
-        if self.conditioning not in CONDITIONINGS:
-            raise LqaError(f"{SIDECAR}: the conditioning {self.conditioning!r} is unknown; supported are {', '.join(CONDITIONINGS)}.")
+        check_conditioning(self.conditioning, self.conditioning_constant)
         if self.positions not in POSITIONS:
             raise LqaError(f"{SIDECAR}: the position policy {self.positions!r} is unknown; supported are {', '.join(POSITIONS)}.")
         if self.layers_per_reading != 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lqa import engine
 from lqa.activations import capture, gather_spans
 from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span
+from lqa.conditioning import condition, reference
 from lqa.config import DecoderConfig
 from lqa.errors import LqaError
 from lqa.injection import Injection
@@ -90,11 +91,22 @@ class LatentDecoder:
         layer = self.config.check_layer(layer)
         rendered = self._render(chat)
         indices = resolve_span(span, rendered)
+        name = self.config.conditioning
+        found = None if name == "raw" else reference(self.base.tokenizer, rendered, indices)
+        if name == "contrast" and found is None:
+            raise LqaError("This decoder reads what a hidden turn changes, but the span hides none; select tokens of fewer turns.")
+        activations = self._capture(rendered, indices, layer)
+        injected = activations
+        if found is not None:
+            injected = condition(activations, self._capture(*found, layer), name, self.config.conditioning_constant)
+        return Reading(self, rendered, tuple(indices), layer, activations, injected)
+
+    def _capture(self, rendered: Rendered, indices: list[int], layer: int) -> Tensor:
         ids = torch.tensor([rendered.ids], device=self.base.device)
         with self.base.decoding() as model:
             acts = capture(model, self.base.blocks, ids, torch.ones_like(ids), [layer])
             activations = gather_spans(acts, [indices], [[layer]])
-        return Reading(self, rendered, tuple(indices), layer, activations.clone())
+        return activations.clone()  # outside of inference mode, so that autograd may use it
 
     def generate(self, chat: Chat, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> str:
         """The target's own reply to `chat`; greedy unless a temperature is given."""
@@ -163,11 +175,16 @@ def _download(name: str, revision: str | None) -> Path:
 class Reading:
     """A target forward pass, captured: `tokens`, `span` (indices), `layer`, `activations` (N, D).  Questions are asked of it.
 
+    `injected` (N, D) is what the decoder gets: the activations, conditioned as the sidecar says.
+
     The target runs once, in `LatentDecoder.read`; the prompt with its slots runs once per reading, however many questions follow.
     """
 
-    def __init__(self, decoder: LatentDecoder, rendered: Rendered, span: tuple[int, ...], layer: int, activations: Tensor):
-        self.decoder, self.rendered, self.span, self.layer, self.activations = decoder, rendered, span, layer, activations
+    def __init__(
+        self, decoder: LatentDecoder, rendered: Rendered, span: tuple[int, ...], layer: int, activations: Tensor, injected: Tensor
+    ):
+        self.decoder, self.rendered, self.span, self.layer = decoder, rendered, span, layer
+        self.activations, self.injected = activations, injected
         self._prefixes: dict[str, engine.Prefix] = {}
         self._lock = threading.Lock()
 
@@ -269,7 +286,7 @@ class Reading:
 
             activations = donor_activations(self)
         elif source == "true":
-            activations = self.activations
+            activations = self.injected
         else:
             raise LqaError(f"The source {source!r} is unknown; use true, none or shuffled.")
         mask = torch.tensor([slots], device=base.device)

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lqa.errors import LqaError
+from lqa.masks import layer_masks, window
 
 # A scoring pass holds (rows, answer tokens, vocabulary) log-probabilities; more floats than this are cut into several passes.
 MAX_LOGITS = 2**26
@@ -112,6 +113,15 @@ def _left_padded(prefix: Prefix, suffixes: Sequence[Sequence[int]], device) -> d
     return {"input_ids": ids, "position_ids": positions, "attention_mask": mask.long()}
 
 
+def _logits(model, inputs: dict[str, Tensor], cache: Cache, keep: int) -> Tensor:
+    """The last `keep` logits (R, keep, V) of rows as `_left_padded` gives them."""
+    if window(model.config) is not None:  # counted in columns of the cache, it would be shortened by the padding
+        mask, positions = inputs["attention_mask"], inputs["position_ids"]
+        distance = positions.unsqueeze(2) - (mask.cumsum(1) - 1).unsqueeze(1)
+        inputs = inputs | {"attention_mask": layer_masks(model.config, mask.bool().unsqueeze(1) & (distance >= 0), distance, model.dtype)}
+    return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits.float()
+
+
 def decode(
     session: Callable, prefix: Prefix, rows: Sequence[Row], max_new_tokens: int, stop_ids: Sequence[int], choose: Callable | None = None
 ) -> Iterator[list[Step]]:
@@ -127,7 +137,7 @@ def decode(
     alive = list(range(len(rows)))
     for _ in range(max_new_tokens):
         with session() as model:
-            logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            logits = _logits(model, inputs, cache, 1)[:, -1]
             tokens = choose(logits)
             probabilities = logits.softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
             stopped = torch.isin(tokens, torch.tensor(stop_ids, device=device))
@@ -164,7 +174,7 @@ def score(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Seque
             inputs = _left_padded(prefix, [list(rows[i].suffix) + list(answers[i]) for i in batch], model.device)
             keep = max(len(answers[i]) for i in batch) + 1
             cache = prefix.rows([rows[i].prefix for i in batch])
-            logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits.float()
+            logits = _logits(model, inputs, cache, keep)
             for i, row in zip(batch, logits, strict=True):
                 n = len(answers[i])
                 targets = torch.tensor(answers[i], device=row.device).unsqueeze(1)

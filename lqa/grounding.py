@@ -35,11 +35,11 @@ def map_linearly(activations: Tensor, n: int) -> Tensor:
 
 
 def donor_activations(reading: Reading, donor: Reading | None = None) -> Tensor:
-    """The activations of another chat at the same layer, for the reading's slots: (N, D).  Without `donor`, the packaged one's."""
+    """Another chat's activations at the same layer, conditioned, for the reading's slots: (N, D).  Without `donor`, the packaged one's."""
     donor = donor or reading.decoder.read(DONOR_CHAT, "turn:-1", reading.layer)
     if donor.layer != reading.layer:
         raise LqaError(f"The donor was read at layer {donor.layer}, the reading at layer {reading.layer}; they must be the same.")
-    return map_linearly(donor.activations, len(reading.span))
+    return map_linearly(donor.injected, len(reading.span))
 
 
 def text_only_chat(reading: Reading, question: str) -> list[dict[str, str]]:

@@ -187,12 +187,13 @@ def make_config(base: Base, **changes) -> DecoderConfig:
         "injection": "replace_scaled",
         "injection_constant": 4.5,
         "conditioning": "raw",
+        "conditioning_constant": None,
         "slot_token_id": base.tokenizer(" ?", add_special_tokens=False)["input_ids"][0],
         "prompt": default_prompt(base.tokenizer),
         "positions": "sequential",
         "answer_role": "assistant",
         "lora": {"r": 4},
-        "corpus": {"name": "é"},
+        "corpus": {"name": "é", "revision": "0", "mixture": {"forms": {"system": 1.0}, "pool": 0.5, "none": 0.05}},
         "training": {"code": "test", "loss": 1.25},
     }
     return DecoderConfig(**values | changes)
@@ -232,7 +233,8 @@ def examples():
 
     def build(n: int, **changes) -> list[dict]:
         spans = ["turn:-1", "all", "last:3"]
-        return [example(i, spans[i % 3], i % 2, **{"qa": 1 + i % 3, "patched": i % 4 != 3} | changes) for i in range(n)]
+        kinds = [{"span": spans[i % 3], "layer": i % 2, "qa": 1 + i % 3, "patched": i % 4 != 3} for i in range(n)]
+        return [example(i, **kind | changes) for i, kind in enumerate(kinds)]
 
     return build
 

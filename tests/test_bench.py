@@ -1,4 +1,4 @@
-"""The benchmarks: that every schedule does the work it is named for, and that results follow from the seconds.  Nothing here judges speed."""
+"""The benchmarks: that every schedule does the work it is named for, and that results follow from the seconds.  No speed is judged."""
 
 import json
 import statistics
@@ -36,7 +36,7 @@ def config(tiny, tmp_path_factory):
 
 
 def test_read_measures_three_schedules(tiny_decoder):
-    result = bench.bench_read(tiny_decoder(max_position_embeddings=4096), questions=3, new_tokens=5, repeats=2)
+    result = bench.bench_read(tiny_decoder(), questions=3, new_tokens=5, repeats=2)
     assert list(result) == ["ours", "generate", "paper"]
     assert [len(result[name]["seconds"]) for name in result] == [2, 2, 1]
     assert result["paper"]["same_tokens"] is True and result["paper"]["ties"] == 0
@@ -52,13 +52,13 @@ def test_read_measures_three_schedules(tiny_decoder):
 
 
 def test_the_paper_can_be_left_out_and_nothing_is_printed_on_stdout(tiny_decoder, capsys):
-    result = bench.bench_read(tiny_decoder(max_position_embeddings=4096), questions=2, new_tokens=2, repeats=1, skip_paper=True)
+    result = bench.bench_read(tiny_decoder(), questions=2, new_tokens=2, repeats=1, skip_paper=True)
     assert list(result) == ["ours", "generate"]
     assert capsys.readouterr().out == ""
 
 
 def test_another_token_than_the_papers_is_an_error(tiny_decoder):
-    decoder = tiny_decoder(max_position_embeddings=4096)
+    decoder = tiny_decoder()
     asked = bench._questions(2)
     tokens = bench._read_ours(decoder, asked, 4)
     assert tokens.shape == (2, 4)
@@ -70,7 +70,7 @@ def test_another_token_than_the_papers_is_an_error(tiny_decoder):
 
 
 def test_generate_runs_the_bare_model_with_no_lora_in_it(tiny_decoder, tiny):
-    decoder = tiny_decoder(max_position_embeddings=4096)
+    decoder = tiny_decoder()
     plain = bench._without_lora(decoder.base)
     assert not any(isinstance(m, BaseTunerLayer) for m in plain.modules())
     assert any(isinstance(m, BaseTunerLayer) for m in decoder.base.model.modules())  # the decoder's own copy is as it was
@@ -146,11 +146,11 @@ def test_the_schedules_are_the_same_training(config, capsys):
 @pytest.mark.slow
 def test_train_measures_every_schedule_in_its_own_process(config):
     path, overrides = config
-    result = bench.bench_train(path, steps=2, warmup=1, repeats=2, overrides=overrides)
+    result = bench.bench_train(path, steps=2, warmup=1, repeats=1, overrides=overrides)
     assert list(result) == list(bench.TRAIN_SCHEDULES)
     per_example = {}
     for name, entry in result.items():
-        assert len(entry["seconds"]) == 2 and entry["peak_mb"] > 50
+        assert len(entry["seconds"]) == 1 and entry["peak_mb"] > 50
         assert entry["examples"] == (12 if name == "packed" else 4)
         per_example[name] = statistics.median(entry["seconds"]) / entry["examples"]
         assert entry["examples_per_second"] == pytest.approx(1 / per_example[name])

@@ -107,8 +107,12 @@ def test_many_branches_may_exceed_the_context_together(llama):
 # --- the mask ---------------------------------------------------------------------------------------------------
 
 
-def test_the_mask_by_hand():
-    mask = block_mask(torch.tensor([[0, 0, 1, 1, 2, -1], [0, 1, 2, 2, -1, -1]]), torch.float32)
+BRANCH = torch.tensor([[0, 0, 1, 1, 2, -1], [0, 1, 2, 2, -1, -1]])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 2, 0], [0, 1, 1, 2, 0, 0]])
+
+
+def test_the_mask_by_hand(tiny):
+    mask = block_mask(tiny("llama").model.config, BRANCH, POSITIONS, torch.float32)
     assert mask.shape == (2, 1, 6, 6) and set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
     seen = (mask == 0).int().squeeze(1).tolist()
     assert seen[0] == [
@@ -129,9 +133,25 @@ def test_the_mask_by_hand():
     ]
 
 
+def test_a_sliding_window_counts_positions_not_columns(tiny):
+    masks = block_mask(tiny("gemma3", sliding_window=2).model.config, BRANCH, POSITIONS, torch.float32)
+    assert torch.equal(masks["full_attention"], block_mask(tiny("llama").model.config, BRANCH, POSITIONS, torch.float32))
+    seen = (masks["sliding_attention"] == 0).int().squeeze(1).tolist()
+    assert seen[0] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 1, 0, 0, 1, 0],  # the second branch is as near to the prefix as the first
+        [0, 0, 0, 0, 0, 1],
+    ]
+    single = block_mask(tiny("mistral", sliding_window=2).model.config, BRANCH, POSITIONS, torch.float32)
+    assert torch.equal(single, masks["sliding_attention"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_mask_is_finite_in_every_dtype(dtype):
-    mask = block_mask(torch.tensor([[0, 1, 2, -1]]), dtype)
+def test_the_mask_is_finite_in_every_dtype(dtype, tiny):
+    mask = block_mask(tiny("llama").model.config, BRANCH, POSITIONS, dtype)
     assert mask.dtype == dtype and torch.isfinite(mask).all()
 
 
@@ -147,7 +167,9 @@ def packed(base, config, rows):
         injection.armed(batch["slots"], read(base, batch)),
     ):
         logits = base.model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=block_mask(batch["branch"], base.dtype)
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            attention_mask=block_mask(base.model.config, batch["branch"], batch["position_ids"], base.dtype),
         ).logits
     targets = batch["labels"][:, 1:]
     keep = targets != IGNORE
@@ -161,7 +183,6 @@ def test_packed_rows_give_the_answers_of_separate_rows(base, config_for, example
     torch.testing.assert_close(packed(base, config, rows), separate(base, config, rows), rtol=0, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="a 4-D mask is taken as it is: the block mask does not know of sliding windows")
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "gptoss"])
 def test_packed_rows_longer_than_a_sliding_window_give_the_answers_of_separate_rows(name, tiny, config_for, examples, separate):
     base = tiny(name, sliding_window=16)

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lqa.chat import render, resolve_span
+from lqa.conditioning import reference
 from lqa.config import DecoderConfig
 from lqa.errors import LqaError
+from lqa.masks import layer_masks
 
 IGNORE = -100
 PAD, PREFIX = -1, 0  # values of `branch`; branches count from 1
@@ -32,8 +34,9 @@ class ActivationCache:
         self.folder, self.fingerprint = Path(folder), base_fingerprint
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, ids: list[int], span: list[int], layers: list[int]) -> Path:
-        key = json.dumps([self.fingerprint, ids, span, layers], sort_keys=True)
+    def path(self, *reading) -> Path:
+        """Where a reading is kept; `reading` is everything that decides its activations, as JSON values."""
+        key = json.dumps([self.fingerprint, *reading], sort_keys=True)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
     def load(self, path: str | Path) -> Tensor | None:
@@ -53,8 +56,9 @@ class LatentQACollator:
 
     input_ids, position_ids, branch, labels  (B, S)   the decoder's rows; `labels` -100 but for answers and their end
     slots                                    (B, S)   bool, True where an activation is injected (none in unpatched rows)
-    read_ids, read_mask                      (R, T)   the target's tokens of the R patched rows, right-padded
-    read_spans, read_layers                  lists    the token indices and layers that are read, a list per patched row
+    read_ids, read_mask                      (R, T)   the target's tokens of the R patched rows, right-padded; unless the conditioning
+                                                      is raw, 2R rows: the references of the R rows follow them
+    read_spans, read_layers                  lists    the token indices and layers that are read, a list per row of read_ids
     activations                              (N, D)   in place of the four above, if `cache` holds all readings of the batch
     cache_paths                              list     where to store what is read now, if `cache` is given but lacks some
 
@@ -70,8 +74,8 @@ class LatentQACollator:
     def __post_init__(self):
         self.pad_id = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
-    def row(self, example: dict) -> tuple[dict[str, list], list[int], list[int]]:
-        """One example as lists: the decoder's row, the target's ids and the span's indices."""
+    def row(self, example: dict) -> tuple[dict[str, list], list[tuple[list[int], list[int]]]]:
+        """One example as lists: the decoder's row, and the target passes it needs (ids, span): the reading, and its reference if any."""
         rendered = render(self.tokenizer, example["chat"])
         span = resolve_span(example["span"], rendered)
         prompt = self.config.prompt
@@ -88,30 +92,36 @@ class LatentQACollator:
         if max(len(rendered), max(positions) + 1) > self.context:
             raise LqaError(f"The example {example['id']!r} is longer than the model's context of {self.context} tokens; shorten it.")
         row = {"input_ids": ids, "position_ids": positions, "branch": branch, "labels": labels, "slots": slots}
-        return row, rendered.ids, span
+        passes = [(rendered.ids, span)]
+        if self.config.conditioning != "raw":
+            found = reference(self.tokenizer, rendered, span)
+            passes.append((found[0].ids, found[1]) if found else passes[0])  # nothing hidden: the difference is zero
+        return row, passes
 
     def __call__(self, examples: list[dict]) -> dict[str, object]:
         rows, reads = [], []
         for example in examples:
-            row, read_ids, span = self.row(example)
+            row, passes = self.row(example)
             rows.append(row)
             if example["patched"]:
-                reads.append((read_ids, span, example["layers"]))
+                reads.append((passes, example["layers"]))
         padding = {"input_ids": self.pad_id, "position_ids": 0, "branch": PAD, "labels": IGNORE, "slots": False}
         batch: dict[str, object] = {key: _pad([row[key] for row in rows], value) for key, value in padding.items()}
         if not reads:
             return batch
         if self.cache is not None:
-            paths = [str(self.cache.path(*read)) for read in reads]
+            how = (self.config.conditioning, self.config.conditioning_constant)
+            paths = [str(self.cache.path(*read, *how)) for read in reads]
             stored = [self.cache.load(path) for path in paths]
             if all(s is not None for s in stored):
                 return batch | {"activations": torch.cat(stored)}
             batch["cache_paths"] = paths
+        passes = [(ids, span, layers) for which in range(len(reads[0][0])) for read, layers in reads for ids, span in [read[which]]]
         return batch | {
-            "read_ids": _pad([ids for ids, _, _ in reads], self.pad_id),
-            "read_mask": _pad([[1] * len(ids) for ids, _, _ in reads], 0),
-            "read_spans": [span for _, span, _ in reads],
-            "read_layers": [layers for _, _, layers in reads],
+            "read_ids": _pad([ids for ids, _, _ in passes], self.pad_id),
+            "read_mask": _pad([[1] * len(ids) for ids, _, _ in passes], 0),
+            "read_spans": [span for _, span, _ in passes],
+            "read_layers": [layers for _, _, layers in passes],
         }
 
 
@@ -120,14 +130,14 @@ def _pad(rows: list[list], value) -> Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-def block_mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive attention mask (B, 1, S, S) for rows of `branch` (B, S): causal, within the prefix and one's own branch.
+def block_mask(config, branch: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The attention mask for rows of `branch` (B, S), as the model of `config` takes it: causal, within the prefix and one's own branch.
 
-    Additive, because eager attention takes a boolean 4-D mask for numbers without complaint.  Padding sees itself only (no empty rows).
+    Padding sees itself only (no empty rows).
     """
     size = branch.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=branch.device).tril()
     query, key = branch.unsqueeze(2), branch.unsqueeze(1)
-    seen = causal & ((key == query) | (key == PREFIX)) & (key != PAD)
+    seen = causal & ((key == query) | (key == PREFIX)) & (key != PAD) & (query != PAD)
     seen |= torch.eye(size, dtype=torch.bool, device=branch.device)
-    return torch.zeros(seen.shape, dtype=dtype, device=branch.device).masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
+    return layer_masks(config, seen, positions.unsqueeze(2) - positions.unsqueeze(1), dtype)

@@ -19,11 +19,12 @@ from lqa.corpus import Control, load_messages, load_questions
 class MixtureConfig:
     """What the examples are made of; shares are probabilities."""
 
-    forms: dict[str, float] = field(default_factory=lambda: {"system": 0.65, "stimulus": 0.2, "control": 0.15})
+    forms: dict[str, float] = field(default_factory=lambda: {"system": 0.7, "stimulus": 0.2, "control": 0.1})
     pool: float = 0.7  # share of messages drawn from the shared pool instead of the control's own stimuli
     spans: dict[str, float] = field(default_factory=lambda: {"turn:-1": 0.8, "last": 0.1, "all": 0.1})
     none: float = 0.05  # share of examples whose slots are not patched
-    qa_per_reading: int = 3  # branches: questions answered from one reading in one pass
+    qa_per_reading: int = 2  # branches: questions answered from one reading in one pass
+    specific: float = 0.4  # share of the pairs after the first whose question is asked of one control only, so that it tells much itself
     default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers
 
 
@@ -44,13 +45,19 @@ def control_chat(control: Control, form: str, message: str) -> list[dict[str, st
     raise ValueError(f"unknown form {form!r}; use system, stimulus or control")
 
 
-def question_pairs(control: Control, n: int, rng: random.Random) -> list[dict[str, str]]:
-    """n questions about `control`: always one generic with a description, then its short answer and the specific ones in random order."""
+def question_pairs(control: Control, n: int, specific: float, rng: random.Random) -> list[dict[str, str]]:
+    """n questions about `control`: first a generic one with a description, then specific ones or further generic ones.
+
+    Few specific ones: seen again and again, such a question is answered from memory, and nothing is learnt of reading.
+    """
     generic = load_questions()[control.kind]
-    pairs = [(rng.choice(generic["description"]), rng.choice(control.descriptions))]
-    rest = [(rng.choice(generic["short"]), control.short), *((pair.question, pair.answer) for pair in control.qa)]
-    pairs += rng.sample(rest, min(n - 1, len(rest)))
-    rng.shuffle(pairs)
+    first, *others = rng.sample(control.descriptions, len(control.descriptions))
+    further = [(rng.choice(generic["short"]), control.short), *((rng.choice(generic["description"]), d) for d in others)]
+    own = rng.sample([(pair.question, pair.answer) for pair in control.qa], len(control.qa))
+    pairs = [(rng.choice(generic["description"]), first)]
+    while len(pairs) < n and (own or further):
+        source = own if own and (not further or rng.random() < specific) else further
+        pairs.append(source.pop(0))
     return [{"question": q, "answer": a} for q, a in pairs]
 
 
@@ -76,7 +83,7 @@ def build_examples(
                 "chat": control_chat(control, form, message),
                 "span": f"last:{rng.randint(1, 12)}" if span == "last" else span,
                 "layers": [default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)],
-                "qa": question_pairs(control, mixture.qa_per_reading, rng),
+                "qa": question_pairs(control, mixture.qa_per_reading, mixture.specific, rng),
                 "patched": rng.random() >= mixture.none,
             }
         )
@@ -96,7 +103,7 @@ def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConf
         donor = rng.choice([c for c in controls if c.kind == control.kind and c.id != control.id] or controls)
         message = rng.choice(messages)
         row = {"id": control.id, "form": "system", "span": "turn:-1", "layers": [layer], "patched": True}
-        row["qa"] = question_pairs(control, mixture.qa_per_reading, rng)
+        row["qa"] = question_pairs(control, mixture.qa_per_reading, mixture.specific, rng)
         true.append(row | {"chat": control_chat(control, "system", message)})
         shuffled.append(row | {"chat": control_chat(donor, "system", message)})
     return {"true": Dataset.from_list(true), "shuffled": Dataset.from_list(shuffled)}

@@ -29,6 +29,8 @@ class TrainConfig:
     write_layer: int = 0  # block whose output is patched; -1 = the embeddings
     injection: str = "replace"
     injection_constant: float | None = None
+    conditioning: str = "raw"  # what is done to activations first: raw, contrast, amplified (lqa.conditioning)
+    conditioning_constant: float | None = None
     slot_token: str = " ?"  # its first token marks the slots
     mixture: dict = field(default_factory=dict)  # train.data.MixtureConfig
     lora: dict = field(default_factory=dict)
@@ -72,6 +74,13 @@ def _is_number(text: str) -> bool:  # YAML 1.1 reads 1e-4 as text
     return True
 
 
+def _earlier(folder: str | None) -> dict | None:
+    """The training that a warm start builds on, for the sidecar."""
+    from lqa.config import DecoderConfig
+
+    return DecoderConfig.load(folder).training if folder else None
+
+
 def build_trainer(config: TrainConfig, callbacks=()):
     """The trainer for `config`, with data and adapter in place."""
     import peft
@@ -106,14 +115,15 @@ def build_trainer(config: TrainConfig, callbacks=()):
         write_layer=config.write_layer,
         injection=config.injection,
         injection_constant=config.injection_constant,
-        conditioning="raw",
+        conditioning=config.conditioning,
+        conditioning_constant=config.conditioning_constant,
         slot_token_id=base.tokenizer(config.slot_token, add_special_tokens=False)["input_ids"][0],
         prompt=default_prompt(base.tokenizer),
         positions="sequential",
         answer_role="assistant",
         lora={k: config.lora[k] for k in sorted(config.lora)},
         corpus={"name": "lqa authored controls", "revision": corpus.revision(), "mixture": vars(mixture)},
-        training={"code": code_version()},
+        training={"code": code_version(), "warm_start": _earlier(config.warm_start)},
     ).check()
     train, validation = corpus.load_controls("train"), corpus.load_controls("validation")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

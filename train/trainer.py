@@ -17,6 +17,7 @@ from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 
 from lqa.activations import capture, gather_spans
+from lqa.conditioning import condition
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
 from lqa.injection import Injection
@@ -44,9 +45,12 @@ class LatentQATrainer(SFTTrainer):
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.max_length = None
+        args.router_aux_loss_coef = 0.0  # routers are not trained, and their loss cannot read the block mask
         base.model.config.use_cache = False
         super().__init__(model=model or base.model, args=args, data_collator=collator, processing_class=base.tokenizer, **kwargs)
         base.find_adapters()
+        for adapter in self.model.peft_config.values():  # PEFT has written the folder that the base was loaded from
+            adapter.base_model_name_or_path = base.name
         self._injection = Injection(base, config.write_layer, config.operation)
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -76,7 +80,7 @@ class LatentQATrainer(SFTTrainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def read(self, inputs: dict) -> torch.Tensor | None:
-        """The activations (N, D) of a batch: from the disk if the collator found them, else by a target pass."""
+        """What is injected in a batch, (N, D): from the disk if the collator found them, else by a target pass."""
         if "activations" in inputs or "read_ids" not in inputs:
             return inputs.get("activations")
         deepest = {layer for layers in inputs["read_layers"] for layer in layers}
@@ -88,8 +92,11 @@ class LatentQATrainer(SFTTrainer):
         finally:
             self.base.model.train(training)
         rows = gather_spans(acts, inputs["read_spans"], inputs["read_layers"])
+        sizes = [len(s) * len(k) for s, k in zip(inputs["read_spans"], inputs["read_layers"], strict=True)]
+        if self.decoder_config.conditioning != "raw":  # the second half are the references
+            sizes = sizes[: len(sizes) // 2]
+            rows = condition(*rows.chunk(2), self.decoder_config.conditioning, self.decoder_config.conditioning_constant)
         if "cache_paths" in inputs:
-            sizes = [len(s) * len(k) for s, k in zip(inputs["read_spans"], inputs["read_layers"], strict=True)]
             for path, stored in zip(inputs["cache_paths"], rows.split(sizes), strict=True):
                 self.data_collator.cache.save(path, stored)
         return rows
@@ -103,7 +110,7 @@ class LatentQATrainer(SFTTrainer):
         logits = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
-            attention_mask=block_mask(inputs["branch"], self.base.dtype),
+            attention_mask=block_mask(self.base.model.config, inputs["branch"], inputs["position_ids"], self.base.dtype),
             use_cache=False,
         ).logits
         if activations is not None:
@@ -181,4 +188,3 @@ class LatentQATrainer(SFTTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             self.current_config().save(folder)
             write_decoder_card(folder)
-

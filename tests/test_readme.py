@@ -1,0 +1,63 @@
+"""The README is true: its Python and its commands run as printed, its tables are those of the results folders."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lqa.decoder import EMBEDDED_DECODER
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CARD = (EMBEDDED_DECODER / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python -m lqa")]
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("text", [README, CARD], ids=["README", "card"])
+def test_python_blocks_run_as_printed(text):
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    assert run("-c", "\n".join(blocks)).stdout.strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split()[3])
+def test_commands_run_as_printed(command):
+    out = run(*shlex.split(command)[1:]).stdout
+    if "--json" in command:
+        document = json.loads(out)
+        assert document["answers"][0]["answer"] and all(document["answers"][0]["grounding"].values())
+    assert out.strip()
+
+
+def test_targets_that_the_readme_names_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"^make (\w+)", README, re.MULTILINE)) | {"setup", "lint"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_files_that_the_readme_names_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_tables_are_those_of_the_results_folders():
+    from lqa.bench import format_bench
+    from lqa.evals.runner import report
+
+    identify = report({"identify": json.loads((ROOT / "results/identify/identify.json").read_text(encoding="utf-8"))})
+    tables = [line for line in identify.splitlines() if line.startswith("|")]
+    assert tables and all(line in README for line in tables)
+    for name in ("read", "train"):
+        table = format_bench(json.loads((ROOT / f"results/bench/{name}.json").read_text(encoding="utf-8")))
+        assert table.strip() in README, name
