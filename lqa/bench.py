@@ -23,10 +23,12 @@ from torch import Tensor
 
 from lqa import engine
 from lqa.activations import Capture, gather_spans
-from lqa.decoder import ADAPTER, LatentDecoder
+from lqa.chat import render, resolve_span
+from lqa.conditioning import Projection, condition, reference
+from lqa.decoder import ADAPTER, LatentDecoder, Reading
 from lqa.errors import LqaError
 from lqa.injection import Injection
-from lqa.models import Base
+from lqa.models import Base, load_base
 
 CHAT = [
     {"role": "system", "content": "You are a ship's cook from the age of sail. Speak like an old pirate and never say that you are an AI."},
@@ -77,7 +79,8 @@ def bench_read(
                the same decoder prompts, rendered and left-padded, as one batch.
                ratio = seconds(ours) / seconds(generate): below 1, ours is the faster
     paper      the released routine of Pan et al. 2024: two copies of the weights; the target once per question, through all layers;
-               then, for every token, the decoder's whole sequence again without a cache, all questions as one batch.  Run once.
+               then, for every token, the decoder's whole sequence again without a cache, all questions as one batch.  Run once; what a
+               conditioned decoder is given besides (the reference's activations) is read before the clock starts.
                ratio = seconds(paper) / seconds(ours): so many times slower than ours
 
     paper["same_tokens"] says whether its tokens are those of `ours`, all of them; paper["ties"] counts the rows that part at a place
@@ -111,9 +114,9 @@ def bench_read(
         | _judged(medians["ours"] / medians["generate"], "seconds(ours) / seconds(generate)", READ_TARGETS["generate"]),
     }
     if not skip_paper:
-        twin = _twin(decoder.base)
+        twin, h0 = _twin(decoder.base), _reference_activations(decoder, reading)
         start = _now()
-        theirs, ties = _read_paper(decoder, twin, asked, new_tokens, tokens)
+        theirs, ties = _read_paper(decoder, twin, asked, new_tokens, tokens, h0)
         seconds["paper"] = [_now() - start]
         _say(f"  paper     {seconds['paper'][0]:8.2f} s")
         result["paper"] = {"seconds": seconds["paper"]} | _judged(
@@ -180,14 +183,27 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[Tenso
     return ids, mask, (mask.cumsum(1) - 1).clamp_min(0)
 
 
-def _read_paper(decoder: LatentDecoder, twin: Base, asked: list[str], new: int, ours: Tensor) -> tuple[Tensor, int]:
+def _reference_activations(decoder: LatentDecoder, reading: Reading) -> Tensor | None:
+    """What the decoder's conditioning compares with, (N, D); None if it is raw."""
+    if decoder.config.conditioning == "raw":
+        return None
+    found = reference(decoder.base.tokenizer, reading.rendered, list(reading.span))
+    return decoder._capture(*found, reading.layer) if found else None
+
+
+def _read_paper(
+    decoder: LatentDecoder, twin: Base, asked: list[str], new: int, ours: Tensor, h0: Tensor | None = None
+) -> tuple[Tensor, int]:
     """The new tokens (questions, new), and how many rows part from `ours` at a tie.  `twin` is the decoder's copy of the weights."""
     base, config = decoder.base, decoder.config
-    rendered, layer, span = _rendered(decoder)
+    rendered = render(base.tokenizer, CHAT)
+    layer, span = config.default_layer, resolve_span(SPAN, rendered)
     target_ids = torch.tensor([rendered.ids] * len(asked), device=base.device)
     with base.decoding() as model, Capture(base.blocks, [layer], stop=False) as captured:
         model(input_ids=target_ids, attention_mask=torch.ones_like(target_ids), use_cache=False)
     activations = gather_spans({layer: captured[layer]}, [span] * len(asked), [[layer]] * len(asked))
+    if h0 is not None:
+        activations = condition(activations, h0.repeat(len(asked), 1), layer, config.conditioning, config.conditioning_constant, decoder.projection)
     prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), [layer])
     prompts = [prefix + config.prompt.question(base.tokenizer, q) for q in asked]
     ids, mask, positions = _left_padded(prompts, 0, base.device)
@@ -213,13 +229,6 @@ def _read_paper(decoder: LatentDecoder, twin: Base, asked: list[str], new: int, 
             if step % 8 == 0:
                 _say(f"  paper     token {step + 1} of {new}")
     return ids[:, -new:].cpu(), ties
-
-
-def _rendered(decoder: LatentDecoder):
-    from lqa.chat import render, resolve_span
-
-    rendered = render(decoder.base.tokenizer, CHAT)
-    return rendered, decoder.config.check_layer(None), resolve_span(SPAN, rendered)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -342,11 +351,17 @@ def make_trainer(schedule: str, config_path: str, overrides: list[str], steps: i
     quiet |= {"max_steps": steps}
     config = load_config(config_path, [*overrides, *(f"training_args.{key}={json.dumps(value)}" for key, value in quiet.items())])
     config.cache, config.examples = None, None  # activations are read live; as many readings as the steps consume
-    trainer = build_trainer(config, callbacks)
+    if schedule == "paper":
+        config.conditioning, config.conditioning_constant = "raw", None
+    projection = None
+    if config.conditioning == "projected":  # what it maps to costs no time
+        width = load_base(config.base).hidden_size
+        projection = Projection({k: (torch.eye(width), torch.zeros(width)) for k in config.read_layers})
+    trainer = build_trainer(config, callbacks, projection)
     if schedule == "packed":
         return trainer
-    # The same readings as `packed`, the first question of each: the pairs of a reading are in random order.
-    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"qa": row["qa"][:1]})
+    # The same readings as `packed`, one of its questions each; all places in turn, as generic questions come first and have long answers.
+    trainer.train_dataset = trainer.train_dataset.map(lambda row, i: {"qa": [row["qa"][i % len(row["qa"])]]}, with_indices=True)
     if schedule == "ours":
         return trainer
     return _paper_trainer(trainer) if schedule == "paper" else _sft_trainer(trainer, callbacks)

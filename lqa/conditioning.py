@@ -1,31 +1,86 @@
 """Conditioning: what is done to activations before they are injected.
 
-A hidden turn changes the activations of later tokens by about a tenth of their norm; the rest is the visible text.  The reference is the
-same visible turns without the hidden context, so that the difference is what the hidden context alone has done.
+A hidden turn changes the activations of later tokens by about a tenth of their norm; the rest is the visible text.  The reference h0 is
+the same visible turns without the hidden context, so that the difference is what the hidden context alone has done.
 
     raw        h
     contrast   h - h0
-    amplified  h + a (h - h0)     equal to raw where nothing is hidden
+    amplified  h + a (h - h0)
+    projected  P_k (h - h0) + b_k     P_k, b_k for each read layer k lie beside the adapter
+
+Where nothing is hidden there is no difference: `contrast` is then an error, the others inject h.
+
+`projected` is fitted before the decoder is trained (train.projection): from the difference at one token it predicts what the write layer
+would hold for the hidden text.  The model can already read that, so a decoder starts with its input in a form that it knows.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
 from lqa.chat import Rendered, hidden_turns, render
 from lqa.errors import LqaError
 
-CONDITIONINGS = ("raw", "contrast", "amplified")
+CONDITIONINGS = ("raw", "contrast", "amplified", "projected")
+PROJECTION = "projection.safetensors"
 
 
-def condition(h: Tensor, h0: Tensor, name: str, constant: float | None) -> Tensor:
-    """What is injected for activations h with the reference's h0, both (N, D); differentiable in both."""
-    if name == "raw":
+class Projection:
+    """An affine map for each read layer: `maps[k]` = weight (D, D), bias (D); what is injected is `weight @ difference + bias`."""
+
+    def __init__(self, maps: dict[int, tuple[Tensor, Tensor]]):
+        self.maps = maps
+
+    def __call__(self, difference: Tensor, layer: int) -> Tensor:
+        """(N, D) -> (N, D); differentiable."""
+        weight, bias = (t.to(difference) for t in self.maps[layer])
+        return difference @ weight.T + bias
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {f"{k}.{part}": t.to("cpu", dtype).contiguous() for k, m in self.maps.items() for part, t in zip(_PARTS, m, strict=True)}
+        save_file(tensors, Path(folder, PROJECTION))
+
+    @classmethod
+    def load(cls, folder: str | Path, layers: list[int], width: int) -> Projection:
+        """Reads the maps of `layers`.  Raises LqaError if the file is absent, damaged, or made for other layers or another width."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(folder, PROJECTION)
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError as error:
+            raise LqaError(f"{folder} has no {PROJECTION}, which its conditioning needs; download or train the decoder again.") from error
+        except (SafetensorError, OSError) as error:
+            raise LqaError(f"{path} is damaged ({error}); download or train the decoder again.") from error
+        shapes = {f"{k}.{part}": shape for k in layers for part, shape in zip(_PARTS, ((width, width), (width,)), strict=True)}
+        if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
+            raise LqaError(f"{path} does not hold maps of width {width} for the layers {', '.join(map(str, layers))}; it is another decoder's.")
+        return cls({k: tuple(tensors[f"{k}.{part}"].float() for part in _PARTS) for k in layers})
+
+
+_PARTS = ("weight", "bias")
+
+
+def condition(
+    h: Tensor, h0: Tensor | None, layer: int, name: str, constant: float | None = None, projection: Projection | None = None
+) -> Tensor:
+    """What is injected for activations h of `layer` with the reference's h0 (None: nothing is hidden), all (N, D); differentiable."""
+    if name == "raw" or (h0 is None and name in CONDITIONINGS and name != "contrast"):
         return h
     if name == "contrast":
+        if h0 is None:
+            raise LqaError("This decoder reads what a hidden turn changes, but the span hides none; select tokens of fewer turns.")
         return h - h0
     if name == "amplified":
         return h + constant * (h - h0)
+    if name == "projected":
+        return projection(h - h0, layer)
     raise LqaError(f"The conditioning {name!r} is unknown; supported are {', '.join(CONDITIONINGS)}.")
 
 
@@ -39,14 +94,14 @@ def check_conditioning(name: str, constant: float | None) -> None:
 
 
 def reference(tokenizer, rendered: Rendered, indices: list[int]) -> tuple[Rendered, list[int]] | None:
-    """The visible turns alone, and where the span's tokens stand in them; None if nothing (or everything) is hidden.
+    """The visible turns alone, and where the span's tokens stand in them; None if no hidden turn comes before a selected token.
 
     Tokens are matched from the end of their turn, since a template may put other headers before a turn that now comes first.
     Raises LqaError if the template does not render the visible turns alone, or renders their tokens differently.
     """
     hidden = hidden_turns(rendered, indices)
     visible = [turn for turn in range(len(rendered.chat)) if turn not in hidden]
-    if not hidden or not visible:
+    if not visible or not any(turn < visible[-1] for turn in hidden):
         return None
     alone = render(tokenizer, [{"role": rendered.chat[t][0], "content": rendered.chat[t][1]} for t in visible])
     here, there = _turns(rendered), _turns(alone)

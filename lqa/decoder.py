@@ -13,7 +13,7 @@ from torch import Tensor
 from lqa import engine
 from lqa.activations import capture, gather_spans
 from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span
-from lqa.conditioning import condition, reference
+from lqa.conditioning import Projection, condition, reference
 from lqa.config import DecoderConfig
 from lqa.errors import LqaError
 from lqa.injection import Injection
@@ -55,9 +55,9 @@ class Score:
 class LatentDecoder:
     """A decoder over one base model: the adapter switched off is the target, switched on the decoder.  Safe to use from many threads."""
 
-    def __init__(self, base: Base, config: DecoderConfig, name: str):
+    def __init__(self, base: Base, config: DecoderConfig, name: str, projection: Projection | None = None):
         config.check().check_base(base)
-        self.base, self.config, self.name = base, config, name
+        self.base, self.config, self.name, self.projection = base, config, name, projection
 
     @classmethod
     def from_pretrained(
@@ -77,7 +77,8 @@ class LatentDecoder:
             folder = _download(name, revision)
         config = DecoderConfig.load(folder)
         base = base or load_base(config.base["name"], device=device, dtype=dtype)
-        decoder = cls(base, config, name)
+        projected = config.conditioning == "projected"
+        decoder = cls(base, config, name, Projection.load(folder, config.read_layers, base.hidden_size) if projected else None)
         base.add_adapter(folder, ADAPTER)
         return decoder
 
@@ -91,14 +92,11 @@ class LatentDecoder:
         layer = self.config.check_layer(layer)
         rendered = self._render(chat)
         indices = resolve_span(span, rendered)
-        name = self.config.conditioning
-        found = None if name == "raw" else reference(self.base.tokenizer, rendered, indices)
-        if name == "contrast" and found is None:
-            raise LqaError("This decoder reads what a hidden turn changes, but the span hides none; select tokens of fewer turns.")
         activations = self._capture(rendered, indices, layer)
-        injected = activations
-        if found is not None:
-            injected = condition(activations, self._capture(*found, layer), name, self.config.conditioning_constant)
+        config = self.config
+        found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices)
+        h0 = self._capture(*found, layer) if found else None
+        injected = condition(activations, h0, layer, config.conditioning, config.conditioning_constant, self.projection)
         return Reading(self, rendered, tuple(indices), layer, activations, injected)
 
     def _capture(self, rendered: Rendered, indices: list[int], layer: int) -> Tensor:

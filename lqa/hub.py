@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lqa.conditioning import PROJECTION
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
 
 CARDS = Path(__file__).parent.parent / "hub_cards"
-DECODER_FILES = ("adapter_model.safetensors", "adapter_config.json", SIDECAR)
+DECODER_FILES = ("adapter_model.safetensors", "adapter_config.json", SIDECAR, PROJECTION)
 TRAINING_LOG = "training_log.json"
 LOSS_PLOT = "loss.png"
 

@@ -16,7 +16,7 @@ default_layer: 1
 injection: replace_scaled
 injection_constant: 4.5
 lora: {r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: all-linear}
-mixture: {forms: {system: 1.0}, pool: 1.0, none: 0.2}
+mixture: {forms: {system: 1.0}, pool: 1.0, none: 0.2, qa_per_reading: 3}
 training_args: {per_device_train_batch_size: 2, learning_rate: 1.0e-3, eval_strategy: steps, save_steps: 1, seed: 0, use_cpu: true}
 """
 
@@ -127,8 +127,8 @@ def test_the_schedules_are_the_same_training(config, capsys):
     ours, packed, paper, sft = (bench.make_trainer(name, *config, 4) for name in bench.TRAIN_SCHEDULES)
     assert [len(row["qa"]) for row in packed.train_dataset] == [3] * 8
     assert ours.train_dataset[:] == paper.train_dataset[:]
-    for one, many in zip(ours.train_dataset, packed.train_dataset, strict=True):
-        assert one == many | {"qa": many["qa"][:1]}
+    for i, (one, many) in enumerate(zip(ours.train_dataset, packed.train_dataset, strict=True)):
+        assert one == many | {"qa": [many["qa"][i % 3]]}
     assert type(sft).__name__ == "SFTTrainer" and type(paper).__name__ == "PaperTrainer"
     rows = [ours.data_collator.row(example)[0] for example in ours.train_dataset]
     assert sft.train_dataset["input_ids"][:] == [row["input_ids"] for row in rows]

@@ -56,10 +56,11 @@ class LatentQACollator:
 
     input_ids, position_ids, branch, labels  (B, S)   the decoder's rows; `labels` -100 but for answers and their end
     slots                                    (B, S)   bool, True where an activation is injected (none in unpatched rows)
-    read_ids, read_mask                      (R, T)   the target's tokens of the R patched rows, right-padded; unless the conditioning
-                                                      is raw, 2R rows: the references of the R rows follow them
-    read_spans, read_layers                  lists    the token indices and layers that are read, a list per row of read_ids
-    activations                              (N, D)   in place of the four above, if `cache` holds all readings of the batch
+    read_ids, read_mask                      (R, T)   the target's tokens of the patched rows, right-padded; after them the references of
+                                                      those that have one (unless the conditioning is raw)
+    read_spans, read_layers                  lists    the token indices and the layers that are read, for each row of read_ids
+    read_references                          list     for each patched row which row of read_ids is its reference, or None
+    activations                              (N, D)   in place of the five above, if `cache` holds all readings of the batch
     cache_paths                              list     where to store what is read now, if `cache` is given but lacks some
 
     The source of activations is thereby a choice: live (no cache) or the disk.  Raises LqaError if a chat or row exceeds the context.
@@ -95,7 +96,7 @@ class LatentQACollator:
         passes = [(rendered.ids, span)]
         if self.config.conditioning != "raw":
             found = reference(self.tokenizer, rendered, span)
-            passes.append((found[0].ids, found[1]) if found else passes[0])  # nothing hidden: the difference is zero
+            passes += [(found[0].ids, found[1])] if found else []
         return row, passes
 
     def __call__(self, examples: list[dict]) -> dict[str, object]:
@@ -116,12 +117,17 @@ class LatentQACollator:
             if all(s is not None for s in stored):
                 return batch | {"activations": torch.cat(stored)}
             batch["cache_paths"] = paths
-        passes = [(ids, span, layers) for which in range(len(reads[0][0])) for read, layers in reads for ids, span in [read[which]]]
+        passes = [(*read[0], layers) for read, layers in reads]
+        references = []
+        for read, layers in reads:
+            references.append(len(passes) if len(read) > 1 else None)
+            passes += [(*other, layers) for other in read[1:]]
         return batch | {
             "read_ids": _pad([ids for ids, _, _ in passes], self.pad_id),
             "read_mask": _pad([[1] * len(ids) for ids, _, _ in passes], 0),
             "read_spans": [span for _, span, _ in passes],
             "read_layers": [layers for _, _, layers in passes],
+            "read_references": references,
         }
 
 

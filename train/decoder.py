@@ -29,8 +29,9 @@ class TrainConfig:
     write_layer: int = 0  # block whose output is patched; -1 = the embeddings
     injection: str = "replace"
     injection_constant: float | None = None
-    conditioning: str = "raw"  # what is done to activations first: raw, contrast, amplified (lqa.conditioning)
+    conditioning: str = "raw"  # what is done to activations first: raw, contrast, amplified, projected (lqa.conditioning)
     conditioning_constant: float | None = None
+    projection: dict = field(default_factory=dict)  # train.projection.ProjectionConfig; for "projected"
     slot_token: str = " ?"  # its first token marks the slots
     mixture: dict = field(default_factory=dict)  # train.data.MixtureConfig
     lora: dict = field(default_factory=dict)
@@ -81,8 +82,11 @@ def _earlier(folder: str | None) -> dict | None:
     return DecoderConfig.load(folder).training if folder else None
 
 
-def build_trainer(config: TrainConfig, callbacks=()):
-    """The trainer for `config`, with data and adapter in place."""
+def build_trainer(config: TrainConfig, callbacks=(), projection=None):
+    """The trainer for `config`, with data and adapter in place.
+
+    projection  the maps of the conditioning "projected"; None takes those of the run that is resumed, else of the warm start, else fits
+    """
     import peft
     import torch
     from trl import SFTConfig
@@ -93,14 +97,17 @@ def build_trainer(config: TrainConfig, callbacks=()):
     from lqa.provenance import code_version
     from train.collator import ActivationCache, LatentQACollator
     from train.data import build_examples, build_validation
+    from train.projection import ProjectionConfig
     from train.trainer import LatentQATrainer
 
-    defaults = {"bf16": torch.cuda.is_available(), "gradient_checkpointing": False, "disable_tqdm": None}
+    cuda = torch.cuda.is_available()
+    defaults = {"bf16": cuda, "use_cpu": not cuda, "gradient_checkpointing": False, "disable_tqdm": None}
     # YAML reads a bare `no` as false, which is what the strategies call "no".
     given = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in config.training_args.items()}
     try:
         args = SFTConfig(**defaults | given)
         mixture = MixtureConfig(**config.mixture)
+        fitting = ProjectionConfig(**config.projection)
         lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | config.lora)
     except (TypeError, ValueError) as error:
         raise LqaError(f"The training config is wrong: {error}") from error
@@ -123,7 +130,8 @@ def build_trainer(config: TrainConfig, callbacks=()):
         answer_role="assistant",
         lora={k: config.lora[k] for k in sorted(config.lora)},
         corpus={"name": "lqa authored controls", "revision": corpus.revision(), "mixture": vars(mixture)},
-        training={"code": code_version(), "warm_start": _earlier(config.warm_start)},
+        training={"code": code_version(), "warm_start": _earlier(config.warm_start)}
+        | ({"projection": vars(fitting)} if config.conditioning == "projected" else {}),
     ).check()
     train, validation = corpus.load_controls("train"), corpus.load_controls("validation")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -136,14 +144,43 @@ def build_trainer(config: TrainConfig, callbacks=()):
         evaluation = build_validation(validation, config.validation_readings, mixture, config.default_layer, args.seed)
     cache = ActivationCache(config.cache, base.fingerprint()) if config.cache else None
     collator = LatentQACollator(base.tokenizer, sidecar, base.context, cache)
+    if sidecar.conditioning == "projected" and projection is None:
+        projection = _projection(base, sidecar, train, fitting, args, config)
     # PEFT writes the base's id into the adapter and its card: never a path of this machine.
     base.model.config._name_or_path = lora.base_model_name_or_path = base.name
     model = None
     if config.warm_start:
         model, lora = peft.PeftModel.from_pretrained(base.model, config.warm_start, is_trainable=True, torch_device="cpu"), None
     return LatentQATrainer(
-        base, sidecar, collator, args, model, train_dataset=data, eval_dataset=evaluation, peft_config=lora, callbacks=list(callbacks)
+        base,
+        sidecar,
+        collator,
+        args,
+        model,
+        projection,
+        train_dataset=data,
+        eval_dataset=evaluation,
+        peft_config=lora,
+        callbacks=list(callbacks),
     )
+
+
+def _projection(base, sidecar, controls, fitting, args, config: TrainConfig):
+    """The maps for a run: its own from before it was killed, those of the warm start, or fitted now (and kept in the output folder)."""
+    import torch
+
+    from lqa.conditioning import PROJECTION, Projection
+    from train.projection import fit_projection
+
+    for folder in (args.output_dir if config.resume else None, config.warm_start):
+        if folder and Path(folder, PROJECTION).is_file():
+            return Projection.load(folder, sidecar.read_layers, base.hidden_size)
+    print(f"Fitting the projection on {len(controls)} controls.", file=sys.stderr)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):
+        projection = fit_projection(base, sidecar, controls, fitting, args.seed)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    projection.save(args.output_dir)
+    return projection
 
 
 def main(argv: list[str] | None = None) -> int:

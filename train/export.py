@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lqa.conditioning import PROJECTION, Projection
 from lqa.config import DecoderConfig
 from lqa.errors import LqaError
 from lqa.hub import LOSS_PLOT, TRAINING_LOG, write_decoder_card
@@ -69,6 +70,9 @@ def export(run: Path, out: Path, results: Path | None = None) -> None:
     save_file({k: t.to(torch.float16) for k, t in load_file(adapter).items()}, out / adapter.name, metadata={"format": "pt"})
     shutil.copy(run / "adapter_config.json", out / "adapter_config.json")
     config = DecoderConfig.load(run)
+    if config.conditioning == "projected":
+        width = next(iter(load_file(run / PROJECTION).values())).shape[0]
+        Projection.load(run, config.read_layers, width).save(out, torch.float16)
     if results is not None:
         config = replace(config, metrics=config.metrics | {"identify": identify_metrics(results)})
     config.save(out)

@@ -17,7 +17,7 @@ from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 
 from lqa.activations import capture, gather_spans
-from lqa.conditioning import condition
+from lqa.conditioning import PROJECTION, Projection, condition
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
 from lqa.injection import Injection
@@ -25,7 +25,7 @@ from lqa.models import Base
 from train.collator import IGNORE, LatentQACollator, block_mask
 
 # What a decoder on the Hub consists of; checkpoints also hold optimizer states, which are pickles.
-PUBLISHED = ("adapter_model.safetensors", "adapter_config.json", SIDECAR, "README.md")
+PUBLISHED = ("adapter_model.safetensors", "adapter_config.json", SIDECAR, PROJECTION, "README.md")
 
 
 class LatentQATrainer(SFTTrainer):
@@ -35,13 +35,23 @@ class LatentQATrainer(SFTTrainer):
     config     the sidecar; written with every checkpoint, with the training's figures filled in
     collator   LatentQACollator; its cache decides where activations come from
     model      a PeftModel around the base's weights, to train an adapter on; None with `peft_config` for a new one
+    projection the maps of the conditioning "projected" (train.projection); saved with every checkpoint, not trained
     args       SFTConfig; the few fields that injection needs otherwise (no column removal, no preparation, no truncation) are set here
     """
 
-    def __init__(self, base: Base, config: DecoderConfig, collator: LatentQACollator, args: SFTConfig, model=None, **kwargs):
+    def __init__(
+        self,
+        base: Base,
+        config: DecoderConfig,
+        collator: LatentQACollator,
+        args: SFTConfig,
+        model=None,
+        projection: Projection | None = None,
+        **kwargs,
+    ):
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise LqaError(f"hub_strategy {args.hub_strategy.value!r} would publish optimizer states, which are pickles; use every_save.")
-        self.base, self.decoder_config = base, config
+        self.base, self.decoder_config, self.projection = base, config, projection
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.max_length = None
@@ -92,14 +102,17 @@ class LatentQATrainer(SFTTrainer):
         finally:
             self.base.model.train(training)
         rows = gather_spans(acts, inputs["read_spans"], inputs["read_layers"])
-        sizes = [len(s) * len(k) for s, k in zip(inputs["read_spans"], inputs["read_layers"], strict=True)]
-        if self.decoder_config.conditioning != "raw":  # the second half are the references
-            sizes = sizes[: len(sizes) // 2]
-            rows = condition(*rows.chunk(2), self.decoder_config.conditioning, self.decoder_config.conditioning_constant)
+        rows = rows.split([len(span) for span in inputs["read_spans"]])  # one layer a reading
+        config = self.decoder_config
+        how = (config.conditioning, config.conditioning_constant, self.projection)
+        rows = [
+            condition(rows[i], None if other is None else rows[other], inputs["read_layers"][i][0], *how)
+            for i, other in enumerate(inputs["read_references"])
+        ]
         if "cache_paths" in inputs:
-            for path, stored in zip(inputs["cache_paths"], rows.split(sizes), strict=True):
+            for path, stored in zip(inputs["cache_paths"], rows, strict=True):
                 self.data_collator.cache.save(path, stored)
-        return rows
+        return torch.cat(rows)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy in nats over answer tokens and their end, averaged as TRL does (over the whole accumulated batch)."""
@@ -149,6 +162,8 @@ class LatentQATrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)
+            if self.projection is not None:
+                self.projection.save(folder)
             self.create_model_card(folder=folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")

@@ -1,0 +1,111 @@
+"""The start of the conditioning "projected": its maps, fitted in closed form before the decoder is trained.
+
+For readings of training controls in the system turn, whose messages know nothing of them, ridge regression predicts from the difference
+h - h0 at one token what the write layer holds, on average over tokens, where the decoder's prompt has the control's text instead of slots.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lqa.activations import capture
+from lqa.chat import render, resolve_span
+from lqa.conditioning import Projection, reference
+from lqa.config import DecoderConfig
+from lqa.corpus import Control, load_messages
+from lqa.errors import LqaError
+from lqa.models import Base
+from train.data import control_chat
+
+BATCH = 32  # passes at a time, sorted by length
+
+
+@dataclass
+class ProjectionConfig:
+    """How the maps are fitted."""
+
+    messages: int = 2  # readings of each control, each with another message
+    ridge: float = 0.1  # in units of the standardised differences' variance
+    scale: float = 6.0  # by how much a prediction is stretched from the mean: ridge regression shrinks it
+
+
+def fit_projection(base: Base, config: DecoderConfig, controls: tuple[Control, ...], how: ProjectionConfig, seed: int) -> Projection:
+    """The maps of `config.read_layers` for `controls`; the same arguments give the same maps.  Raises LqaError for too little data."""
+    rng = random.Random(seed)
+    messages = load_messages()
+    readings = []  # (ids, span, ids of the reference, its span, control)
+    for which, control in enumerate(controls):
+        for message in rng.sample(messages, how.messages):
+            rendered = render(base.tokenizer, control_chat(control, "system", message))
+            span = resolve_span("turn:-1", rendered)
+            alone, places = reference(base.tokenizer, rendered, span)
+            readings.append((rendered.ids, span, alone.ids, places, which))
+    if sum(len(span) for _, span, *_ in readings) <= base.hidden_size:
+        raise LqaError(f"{len(controls)} controls are too few to fit a projection of width {base.hidden_size}.")
+    wanted = _write_layer_means(base, config, controls)
+    centre = wanted.mean(0)
+    d = base.hidden_size
+    sums = {k: [torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), 0]
+            for k in config.read_layers}  # fmt: skip
+    for part in _by_length(readings, lambda r: len(r[0])):
+        acts = _capture(base, [ids for r in part for ids in (r[0], r[2])], config.read_layers)
+        for k, (first, second, cross, _) in sums.items():
+            for i, (_, span, _, places, which) in enumerate(part):
+                x = (acts[k][2 * i, span] - acts[k][2 * i + 1, places]).double()
+                first += x.sum(0)
+                second += x.T @ x
+                cross += x.sum(0).outer(wanted[which] - centre)
+                sums[k][3] += len(span)
+    maps = {}
+    for k, (first, second, cross, n) in sums.items():
+        mean = first / n
+        covariance = second / n - mean.outer(mean)
+        spread = covariance.diagonal().clamp_min(1e-12).sqrt()
+        cross = (cross / n - mean.outer(_mean_target(readings, wanted, centre))) / spread[:, None]
+        correlation = covariance / spread.outer(spread)
+        solved = torch.linalg.solve(correlation + how.ridge * torch.eye(d, dtype=torch.float64), cross)
+        weight = how.scale * (solved / spread[:, None]).T
+        maps[k] = (weight.float(), (centre - weight @ mean).float())
+    return Projection(maps)
+
+
+def _mean_target(readings, wanted: Tensor, centre: Tensor) -> Tensor:
+    """The mean of the centred targets over the tokens of all readings: long messages count more."""
+    weights = torch.zeros(len(wanted), dtype=torch.float64)
+    for _, span, _, _, which in readings:
+        weights[which] += len(span)
+    return weights @ (wanted - centre) / weights.sum()
+
+
+def _write_layer_means(base: Base, config: DecoderConfig, controls: tuple[Control, ...]) -> Tensor:
+    """(C, D): the mean over a control's tokens of the write layer's output where the decoder's prompt has them instead of slots."""
+    start = base.tokenizer(config.prompt.start, add_special_tokens=False)["input_ids"]
+    texts = [(i, base.tokenizer(c.control, add_special_tokens=False)["input_ids"]) for i, c in enumerate(controls)]
+    means = torch.zeros(len(controls), base.hidden_size, dtype=torch.float64)
+    for part in _by_length(texts, lambda t: len(t[1])):
+        if config.write_layer < 0:
+            rows = [base.embeddings(torch.tensor(start + ids, device=base.device)).detach() for _, ids in part]
+        else:
+            rows = _capture(base, [start + ids for _, ids in part], [config.write_layer])[config.write_layer]
+        for row, (i, ids) in zip(rows, part, strict=True):
+            means[i] = row[len(start) : len(start) + len(ids)].double().mean(0).cpu()
+    return means
+
+
+def _by_length(items: list, length) -> Iterator[list]:
+    ordered = sorted(items, key=length)
+    return (ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH))
+
+
+def _capture(base: Base, rows: list[list[int]], layers: list[int]) -> dict[int, Tensor]:
+    """{layer: (B, S, D)} on the CPU in float32, of right-padded rows."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=base.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=base.device)
+    with base.decoding() as model:
+        return {k: acts.float().cpu() for k, acts in capture(model, base.blocks, ids, mask, layers).items()}
