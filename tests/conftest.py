@@ -20,6 +20,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lqa.chat import render, resolve_span
+from lqa.conditioning import Projection
 from lqa.config import DecoderConfig, default_prompt
 from lqa.injection import Injection
 from lqa.models import Base
@@ -250,7 +251,11 @@ def decoder_folder(tiny, config_for, tmp_path_factory):
         torch.manual_seed(1)
         lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
         peft.get_peft_model(base.model, lora).save_pretrained(folder)
-        config_for(tiny(family), **changes).save(folder)
+        config = config_for(tiny(family), **changes)
+        config.save(folder)
+        if config.conditioning == "projected":
+            width = base.hidden_size
+            Projection({k: (torch.randn(width, width), torch.randn(width)) for k in config.read_layers}).save(folder)
         return folder
 
     return build

@@ -36,7 +36,7 @@ def llama(tiny, config_for):
 def test_a_row_is_prefix_then_a_branch_per_question_whose_positions_start_anew(llama):
     base, collator = llama
     prompt, tokenizer = collator.config.prompt, base.tokenizer
-    row, read_ids, span = collator.row(row_of())
+    row, [(read_ids, span)] = collator.row(row_of())
     rendered = render(tokenizer, CHAT)
     assert read_ids == rendered.ids and span == resolve_span("turn:-1", rendered)
     prefix, slots = prompt.prefix(tokenizer, collator.config.slot_token_id, len(span), [1])
@@ -61,7 +61,7 @@ def test_an_unpatched_row_has_its_slots_as_tokens_but_nothing_is_written_there(l
 
 def test_several_layers_get_a_block_of_slots_each(llama):
     base, collator = llama
-    row, _, span = collator.row(row_of(layers=[0, 1]))
+    row, [(_, span)] = collator.row(row_of(layers=[0, 1]))
     assert sum(row["slots"]) == 2 * len(span)
     text = base.tokenizer.decode(row["input_ids"])
     assert text.index("Layer 0:") < text.index("Layer 1:")
@@ -77,7 +77,7 @@ def test_a_batch_is_padded_on_the_right_and_reads_patched_rows_only(llama, examp
     for key, value in padding.items():
         assert batch[key].tolist() == [s[0][key] + [value] * (size - len(s[0][key])) for s in singles]
     assert [r["patched"] for r in rows] == [True, True, True, False] and not batch["slots"][3].any()
-    assert batch["read_spans"] == [s[2] for s in singles[:3]] and batch["read_layers"] == [[0], [1], [0]]
+    assert batch["read_spans"] == [s[1][0][1] for s in singles[:3]] and batch["read_layers"] == [[0], [1], [0]]
     for ids, mask, single in zip(batch["read_ids"].tolist(), batch["read_mask"].tolist(), singles[:3], strict=True):
         n = len(single[1])
         assert ids[:n] == single[1] and mask == [1] * n + [0] * (len(ids) - n)
@@ -100,7 +100,7 @@ def test_what_is_longer_than_the_context_is_an_error_that_names_the_example(chan
 
 def test_many_branches_may_exceed_the_context_together(llama):
     base, collator = llama
-    row, _, _ = collator.row(row_of(qa=QA * 20))
+    row, _ = collator.row(row_of(qa=QA * 20))
     assert len(row["input_ids"]) > base.context > max(row["position_ids"])
 
 
@@ -225,7 +225,7 @@ def test_a_batch_of_which_the_disk_lacks_one_is_read_again(llama, tmp_path):
     collator = LatentQACollator(base.tokenizer, llama[1].config, base.context, cache)
     first, second = row_of(), row_of(span="all")
     path = collator([first])["cache_paths"][0]
-    cache.save(path, torch.zeros(len(collator.row(first)[2]), base.hidden_size))
+    cache.save(path, torch.zeros(len(collator.row(first)[1][0][1]), base.hidden_size))
     batch = collator([first, second])
     assert len(batch["read_spans"]) == 2 and batch["cache_paths"][0] == path
 

@@ -1,11 +1,13 @@
 """Conditioning by exact tensors; the reference is the visible turns alone; decoder and trainer agree on what is injected."""
 
+import random
+
 import pytest
 import torch
 
 from lqa import LqaError
 from lqa.chat import render, resolve_span
-from lqa.conditioning import check_conditioning, condition, reference
+from lqa.conditioning import PROJECTION, Projection, check_conditioning, condition, reference
 from train.collator import LatentQACollator
 
 CHAT = [
@@ -18,12 +20,39 @@ SYSTEM = [{"role": "system", "content": "Speak like a pirate."}, CHAT[2]]
 
 def test_condition_by_hand():
     h, h0 = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 5.0]])
-    assert condition(h, h0, "raw", None).tolist() == [[3, 4]]
-    assert condition(h, h0, "contrast", None).tolist() == [[2, -1]]
-    assert condition(h, h0, "amplified", 2.0).tolist() == [[7, 2]]
-    assert torch.equal(condition(h, h, "amplified", 8.0), h)  # nothing hidden: raw
-    with pytest.raises(LqaError, match="'magic' is unknown"):
-        condition(h, h0, "magic", None)
+    projection = Projection({7: (torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([10.0, 20.0]))})
+    assert condition(h, h0, 7, "raw").tolist() == [[3, 4]]
+    assert condition(h, h0, 7, "contrast").tolist() == [[2, -1]]
+    assert condition(h, h0, 7, "amplified", 2.0).tolist() == [[7, 2]]
+    assert condition(h, h0, 7, "projected", None, projection).tolist() == [[10, 17]]
+    for name in ("raw", "amplified", "projected"):  # nothing hidden
+        assert torch.equal(condition(h, None, 7, name, 8.0, projection), h)
+    with pytest.raises(LqaError, match="hides none"):
+        condition(h, None, 7, "contrast")
+    for other in (h0, None):
+        with pytest.raises(LqaError, match="'magic' is unknown"):
+            condition(h, other, 7, "magic")
+
+
+def test_the_projection_passes_gradients_and_comes_back_from_disk(tmp_path):
+    torch.manual_seed(0)
+    projection = Projection({k: (torch.randn(4, 4), torch.randn(4)) for k in (0, 2)})
+    h, h0 = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    condition(h, h0, 2, "projected", None, projection).sum().backward()
+    assert torch.allclose(h.grad, projection.maps[2][0].sum(0).expand(3, 4))
+    projection.save(tmp_path)
+    loaded = Projection.load(tmp_path, [0, 2], 4)
+    assert all(torch.equal(a, b) for k in (0, 2) for a, b in zip(projection.maps[k], loaded.maps[k], strict=True))
+    for layers, width in (([0], 4), ([0, 2, 3], 4), ([0, 2], 5)):
+        with pytest.raises(LqaError, match="another decoder's"):
+            Projection.load(tmp_path, layers, width)
+    file = tmp_path / PROJECTION
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(LqaError, match="damaged"):
+        Projection.load(tmp_path, [0, 2], 4)
+    file.unlink()
+    with pytest.raises(LqaError, match=f"has no {PROJECTION}"):
+        Projection.load(tmp_path, [0, 2], 4)
 
 
 BAD = [("magic", None, "unknown"), ("amplified", None, "needs"), ("raw", 1.0, "takes no")]
@@ -82,18 +111,82 @@ def test_contrast_needs_something_hidden(tiny_decoder):
         decoder.read(SYSTEM, "all")
 
 
-def test_trainer_and_decoder_inject_the_same(tiny, config_for, tiny_decoder, examples):
+def test_later_turns_do_not_count_as_hidden(tokenizer_of):
+    """Attention is causal: what follows the span has not changed it."""
+    tokenizer = tokenizer_of("chatml")
+    rendered = render(tokenizer, SYSTEM)
+    assert reference(tokenizer, rendered, resolve_span("turn:0", rendered)) is None
+    assert reference(tokenizer, rendered, resolve_span("last:1", rendered)) is not None
+
+
+HOW = [{"conditioning": "amplified", "conditioning_constant": 3.0}, {"conditioning": "projected"}]
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: how["conditioning"])
+def test_trainer_and_decoder_inject_the_same(tiny, config_for, tiny_decoder, examples, how):
     from train.trainer import LatentQATrainer
 
-    how = {"conditioning": "amplified", "conditioning_constant": 3.0}
     base = tiny("smol")
     collator = LatentQACollator(base.tokenizer, config_for(base, **how), base.context)
     rows = examples(5, patched=True)
+    rows[0] |= {"span": "all"}  # nothing hidden
     batch = collator(rows)
     trainer = LatentQATrainer.__new__(LatentQATrainer)  # only its reading is wanted
-    trainer.base, trainer.decoder_config = base, collator.config
-    injected = trainer.read(batch)
     decoder = tiny_decoder(**how)
-    expected = torch.cat([decoder.read(r["chat"], r["span"], r["layers"][0]).injected for r in rows])
-    assert torch.allclose(injected, expected, atol=1e-4)
+    trainer.base, trainer.decoder_config, trainer.projection = base, collator.config, decoder.projection
+    injected = trainer.read(batch)
+    readings = [decoder.read(r["chat"], r["span"], r["layers"][0]) for r in rows]
+    assert torch.allclose(injected, torch.cat([r.injected for r in readings]), atol=1e-4)
+    for row, reading in zip(rows, readings, strict=True):
+        assert torch.equal(reading.injected, reading.activations) == (row["span"] == "all")
     assert injected.shape[0] == int(batch["slots"].sum())
+
+
+def test_the_fit_predicts_what_the_write_layer_holds_for_the_control(tiny, config_for):
+    """Against the same regression, written slowly over all tokens at once with numpy."""
+    import numpy as np
+
+    from lqa.corpus import load_controls, load_messages
+    from train.data import control_chat
+    from train.projection import ProjectionConfig, fit_projection
+
+    base = tiny("smol")
+    config = config_for(base, conditioning="projected", write_layer=0)
+    controls, how = load_controls("train")[:12], ProjectionConfig(messages=2, ridge=0.3, scale=2.0)
+    projection = fit_projection(base, config, controls, how, seed=3)
+    rng, x, y = random.Random(3), [], []
+
+    def states(ids, layer):
+        with torch.no_grad():
+            return base.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1][0].double()
+
+    start = base.tokenizer(config.prompt.start, add_special_tokens=False)["input_ids"]
+    targets = [
+        states(start + base.tokenizer(c.control, add_special_tokens=False)["input_ids"], 0)[len(start) :].mean(0) for c in controls
+    ]
+    centre = torch.stack(targets).mean(0)
+    for control, target in zip(controls, targets, strict=True):
+        for message in rng.sample(load_messages(), 2):
+            chat = control_chat(control, "system", message)
+            rendered, alone = render(base.tokenizer, chat), render(base.tokenizer, chat[1:])
+            span = resolve_span("turn:-1", rendered)
+            h, h0 = states(rendered.ids, 1)[span], states(alone.ids, 1)[-len(span) :]
+            x.append(h - h0)
+            y.append((target - centre).expand(len(span), -1))
+    x, y = torch.cat(x).numpy(), torch.cat(y).numpy()
+    mean, spread = x.mean(0), x.std(0)
+    z = (x - mean) / spread
+    weight = 2.0 * (np.linalg.solve(z.T @ z / len(z) + 0.3 * np.eye(z.shape[1]), z.T @ (y - y.mean(0)) / len(z)) / spread[:, None]).T
+    assert np.allclose(projection.maps[1][0].double().numpy(), weight, atol=1e-3 * np.abs(weight).max())
+    assert np.allclose(projection.maps[1][1].double().numpy(), centre.numpy() - weight @ mean, atol=1e-3 * np.abs(weight).max())
+    again = fit_projection(base, config, controls, how, seed=3)
+    assert torch.equal(again.maps[1][0], projection.maps[1][0])
+
+
+def test_too_few_controls_for_a_fit_are_refused(tiny, config_for):
+    from lqa.corpus import load_controls
+    from train.projection import ProjectionConfig, fit_projection
+
+    base = tiny("smol")
+    with pytest.raises(LqaError, match="too few"):
+        fit_projection(base, config_for(base), load_controls("train")[:1], ProjectionConfig(messages=1), seed=0)
