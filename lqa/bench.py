@@ -203,7 +203,8 @@ def _read_paper(
         model(input_ids=target_ids, attention_mask=torch.ones_like(target_ids), use_cache=False)
     activations = gather_spans({layer: captured[layer]}, [span] * len(asked), [[layer]] * len(asked))
     if h0 is not None:
-        activations = condition(activations, h0.repeat(len(asked), 1), layer, config.conditioning, config.conditioning_constant, decoder.projection)
+        how = (config.conditioning, config.conditioning_constant, decoder.projection)
+        activations = condition(activations, h0.repeat(len(asked), 1), layer, *how)
     prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), [layer])
     prompts = [prefix + config.prompt.question(base.tokenizer, q) for q in asked]
     ids, mask, positions = _left_padded(prompts, 0, base.device)

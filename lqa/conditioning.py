@@ -60,7 +60,8 @@ class Projection:
             raise LqaError(f"{path} is damaged ({error}); download or train the decoder again.") from error
         shapes = {f"{k}.{part}": shape for k in layers for part, shape in zip(_PARTS, ((width, width), (width,)), strict=True)}
         if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
-            raise LqaError(f"{path} does not hold maps of width {width} for the layers {', '.join(map(str, layers))}; it is another decoder's.")
+            wanted = f"maps of width {width} for the layers {', '.join(map(str, layers))}"
+            raise LqaError(f"{path} does not hold {wanted}; it is another decoder's.")
         return cls({k: tuple(tensors[f"{k}.{part}"].float() for part in _PARTS) for k in layers})
 
 

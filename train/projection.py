@@ -53,10 +53,10 @@ def fit_projection(base: Base, config: DecoderConfig, controls: tuple[Control, .
     sums = {k: [torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), 0]
             for k in config.read_layers}  # fmt: skip
     for part in _by_length(readings, lambda r: len(r[0])):
-        acts = _capture(base, [ids for r in part for ids in (r[0], r[2])], config.read_layers)
+        acts, others = (_capture(base, [r[i] for r in part], config.read_layers) for i in (0, 2))  # apart: references are short
         for k, (first, second, cross, _) in sums.items():
             for i, (_, span, _, places, which) in enumerate(part):
-                x = (acts[k][2 * i, span] - acts[k][2 * i + 1, places]).double()
+                x = (acts[k][i, span] - others[k][i, places]).double()
                 first += x.sum(0)
                 second += x.T @ x
                 cross += x.sum(0).outer(wanted[which] - centre)
