@@ -45,6 +45,7 @@ def write_decoder_card(folder: str | Path, repo_id: str | None = None) -> Path:
                 task_name="LatentQA identify",
                 dataset_type="latentqa",
                 dataset_name=f"{metrics['data']}, {row['message']} message",
+                dataset_config=f"{row['message']} message",  # results of one dataset and config would be merged
                 metric_type="accuracy",
                 metric_name=f"accuracy among {metrics['m']}",
                 metric_value=round(row["accuracy"], 4),

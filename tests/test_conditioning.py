@@ -189,4 +189,4 @@ def test_too_few_controls_for_a_fit_are_refused(tiny, config_for):
 
     base = tiny("smol")
     with pytest.raises(LqaError, match="too few"):
-        fit_projection(base, config_for(base), load_controls("train")[:1], ProjectionConfig(messages=1), seed=0)
+        fit_projection(base, config_for(base), load_controls("train")[:0], ProjectionConfig(), seed=0)

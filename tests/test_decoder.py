@@ -151,10 +151,10 @@ def test_no_hook_survives_an_error(tiny_decoder, monkeypatch):
     decoder = tiny_decoder()
     reading = decoder.read(CHAT, "turn:-1")
     before = hooks(decoder.base)
-    reading.activations = reading.activations[:-1]
+    reading.injected = reading.injected[:-1]
     with pytest.raises(LqaError, match="slots but"):
         reading.ask(QUESTIONS[0])
-    reading.activations = torch.full((len(reading.span), 32), float("nan"))
+    reading.injected = torch.full((len(reading.span), 32), float("nan"))
     with pytest.raises(LqaError, match="not finite"):
         reading.ask(QUESTIONS[0])
     assert hooks(decoder.base) == before
