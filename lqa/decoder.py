@@ -228,13 +228,17 @@ class Reading:
         Raises LqaError for an empty question, no answers, or an empty one.
         """
         answers = [answers] if isinstance(answers, str) else list(answers)
+        logprobs = [self.logprobs(question, answers, source) for source in ("true", "none")]
+        return [Score(*row) for row in zip(answers, *logprobs, strict=True)]
+
+    def logprobs(self, question: str, answers: Sequence[str], source: str = "true") -> list[float]:
+        """Mean log-probability per token (nats) of each answer; `source` as in `stream`."""
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise LqaError("Give at least one answer to score, and no empty one.")
         tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
         ids = [prompt.answer(tokenizer, check_text(tokenizer, a, "The answer")) for a in answers]
-        rows = [row for row in self._rows([question], ("true", "none"), max(map(len, ids))) for _ in answers]
-        logprobs = engine.score(self.decoder.session, self._prefix(("true", "none")), rows, ids + ids)
-        return [Score(a, *pair) for a, pair in zip(answers, zip(logprobs[: len(ids)], logprobs[len(ids) :], strict=True), strict=True)]
+        rows = self._rows([question], (source,), max(map(len, ids))) * len(answers)
+        return engine.score(self.decoder.session, self._prefix((source,)), rows, ids)
 
     # --- how -------------------------------------------------------------------------------------------------------
 

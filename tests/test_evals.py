@@ -70,20 +70,19 @@ def test_identify_none_is_chance_and_rerun_is_equal(tiny_decoder):
 
 def test_identify_tells_a_reader_from_a_guesser(tiny_decoder, monkeypatch):
     """A stand-in reading that knows its control is right every time; with the next reading's scores it never is."""
-    from lqa.decoder import Score
     from lqa.evals import identify as suite
 
     class Knowing:
         def __init__(self, item):
-            self.item = item
+            self.item, self.span = item, (1, 2)
 
-        def score(self, question, answers):
+        def logprobs(self, question, answers, source="true"):
             assert question == QUESTIONS["goal"]
-            return [Score(a, -1.0 - (a != self.item.answer) * 0.1 - len(a) / 10, -2.0) for a in answers]
+            return [-1.0 - (source == "true" and a != self.item.answer) * 0.1 - len(a) / 10 for a in answers]
 
     monkeypatch.setattr(suite, "_read", lambda decoder, item, message, layer: Knowing(item))
     result = identify(tiny_decoder(), [item(i) for i in range(16)], m=8, progress=lambda _: None)
-    assert result["table"]["ours"]["accuracy"] == 1 and result["table"]["shuffled"]["accuracy"] == 0
+    assert {name: row["accuracy"] for name, row in result["table"].items()} == {"ours": 1, "shuffled": 0, "none": 1 / 8}
 
 
 def test_runner_writes_a_folder_that_the_report_reads(tiny_decoder, monkeypatch, tmp_path, capsys):

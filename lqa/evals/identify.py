@@ -86,9 +86,11 @@ def score_draw(decoder: LatentDecoder, draw: Sequence[Item], message: str | None
     question = QUESTIONS[draw[0].kind]
     answers = [item.answer for item in draw]
     readings = [_read(decoder, item, message, layer) for item in draw]
-    scores = [reading.score(question, answers) for reading in readings]
-    ours = tuple(tuple(s.logprob for s in row) for row in scores)
-    none = tuple(tuple(s.logprob_none for s in row) for row in scores)
+    ours = tuple(tuple(reading.logprobs(question, answers)) for reading in readings)
+    # Unpatched prompts differ in their number of slots only.
+    lengths = {len(reading.span): reading for reading in readings}
+    unpatched = {n: tuple(reading.logprobs(question, answers, "none")) for n, reading in lengths.items()}
+    none = tuple(unpatched[len(reading.span)] for reading in readings)
     labels = tuple(item.label for item in draw)
     return {"ours": Draw(labels, ours), "none": Draw(labels, none), "shuffled": Draw(labels, ours[1:] + ours[:1])}
 
