@@ -14,6 +14,8 @@ from datasets import Dataset
 
 from lqa.corpus import Control, load_messages, load_questions
 
+FORMS = ("system", "stimulus", "control")  # the paper's read forms
+
 
 @dataclass
 class MixtureConfig:
@@ -42,7 +44,7 @@ def control_chat(control: Control, form: str, message: str) -> list[dict[str, st
     if form == "stimulus":
         acknowledged = {"role": "assistant", "content": control.acknowledgement}
         return [{"role": "user", "content": control.control}, acknowledged, user]
-    raise ValueError(f"unknown form {form!r}; use system, stimulus or control")
+    raise ValueError(f"unknown form {form!r}; use {', '.join(FORMS)}")
 
 
 def question_pairs(control: Control, n: int, specific: float, rng: random.Random) -> list[dict[str, str]]:

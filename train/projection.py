@@ -43,8 +43,8 @@ def fit_projection(base: Base, config: DecoderConfig, controls: tuple[Control, .
         for message in rng.sample(messages, how.messages):
             rendered = render(base.tokenizer, control_chat(control, "system", message))
             span = resolve_span("turn:-1", rendered)
-            alone, places = reference(base.tokenizer, rendered, span)
-            readings.append((rendered.ids, span, alone.ids, places, which))
+            found = reference(base.tokenizer, rendered, span)
+            readings.append((rendered.ids, [span[n] for n in found.which], found.rendered.ids, found.places, which))
     if sum(len(span) for _, span, *_ in readings) <= base.hidden_size:
         raise LqaError(f"{len(controls)} controls are too few to fit a projection of width {base.hidden_size}.")
     wanted = _write_layer_means(base, config, controls)
