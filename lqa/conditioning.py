@@ -144,7 +144,7 @@ def reference(tokenizer, rendered: Rendered, indices: list[int]) -> Reference | 
     except LqaError as error:
         raise LqaError(f"The selected turns cannot be rendered without the hidden ones, select other tokens: {error}") from error
     here, there = _turns(rendered), _turns(alone)
-    places, which = [], []
+    places, which, begun = [], [], set()
     for n, i in enumerate(indices):
         turn = rendered.tokens[i].turn
         if not any(other < turn for other in hidden):
@@ -152,15 +152,18 @@ def reference(tokenizer, rendered: Rendered, indices: list[int]) -> Reference | 
         own, other = here[turn], there[visible.index(turn)]
         place = len(other) - (len(own) - own.index(i))
         if place < 0 or alone.ids[other[place]] != rendered.ids[i]:
-            if not rendered.tokens[i].content:
-                continue  # what joins this turn to the hidden one before it
+            if turn not in begun:
+                continue  # a template may join a turn to the one before it, and tokens merge there
             raise LqaError(
                 f"Token {i} ({rendered.tokens[i].text!r}) has no counterpart when the hidden turns are left out; "
                 "select whole turns, or all."
             )
+        begun.add(turn)
         places.append(other[place])
         which.append(n)
-    return Reference(alone, places, which) if which else None
+    if lost := {rendered.tokens[i].turn for i in indices if any(other < rendered.tokens[i].turn for other in hidden)} - begun:
+        raise LqaError(f"No selected token of turn {min(lost)} has a counterpart when the hidden turns are left out; select more of it.")
+    return Reference(alone, places, which)
 
 
 def _turns(rendered: Rendered) -> dict[int, list[int]]:

@@ -277,17 +277,18 @@ def test_two_decoders_over_one_base_stay_themselves(tiny, tiny_decoder, decoder_
     assert first.read(CHAT, "turn:-1").score(QUESTIONS[0], ["Formally."]) == before
 
 
-def test_a_folder_that_does_not_fit_leaves_the_base_as_it_was(tiny, decoder_folder):
-    base = tiny("smol")
+def test_a_folder_that_does_not_fit_leaves_the_base_as_it_was(tiny, decoder_folder, tmp_path):
+    import peft
+
     chat = [{"role": "user", "content": "Who is it?"}]
-    before = LatentDecoder.from_pretrained(decoder_folder(), base=base).generate(chat, max_new_tokens=5)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    # Half of it fits: q_proj reads the same width.
+    peft.get_peft_model(tiny("smol", num_attention_heads=8, num_key_value_heads=4).model, lora).save_pretrained(tmp_path)
+    before = LatentDecoder.from_pretrained(decoder_folder(), base=tiny("smol")).generate(chat, max_new_tokens=5)
+    base = tiny("smol")
     with pytest.raises(LqaError, match="does not fit"):
-        base.add_adapter(decoder_folder("gptoss"))
+        base.add_adapter(tmp_path)
     assert LatentDecoder.from_pretrained(decoder_folder(), base=base).generate(chat, max_new_tokens=5) == before
-    fresh = tiny("smol")
-    with pytest.raises(LqaError, match="does not fit"):
-        fresh.add_adapter(decoder_folder("gptoss"))
-    assert LatentDecoder.from_pretrained(decoder_folder(), base=fresh).generate(chat, max_new_tokens=5) == before
 
 
 def test_references_differ_in_content_and_not_in_kind(tiny_decoder):
