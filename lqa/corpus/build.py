@@ -184,12 +184,12 @@ def write_dataset(
 
 def _front_matter(described: list[tuple]) -> str:
     """The card's metadata, generated from what was written."""
-    from datasets import DatasetInfo, SplitInfo
+    from datasets import DatasetInfo, SplitDict, SplitInfo
     from huggingface_hub import DatasetCardData
 
     info, total = [], 0
     for config, typed, sizes in described:
-        splits = {name: SplitInfo(name=name, num_bytes=n_bytes, num_examples=n) for name, (_, n, n_bytes) in sizes.items()}
+        splits = SplitDict({name: SplitInfo(name=name, num_bytes=n_bytes, num_examples=n) for name, (_, n, n_bytes) in sizes.items()})
         download = sum(path.stat().st_size for path, *_ in sizes.values())
         size = sum(n_bytes for *_, n_bytes in sizes.values())
         entry = DatasetInfo(features=typed, config_name=config, splits=splits, download_size=download, dataset_size=size)

@@ -108,12 +108,13 @@ def _controls(rows: Sequence[dict]) -> list[tuple[str, str]]:
 
 
 def _pairs(rows: Sequence[dict]) -> list[tuple[str, str]]:
-    """Specific questions with their answers, and the descriptions by themselves: generic questions and short labels are shared by design."""
+    """Specific questions with their answers, and the descriptions alone; generic questions and short labels are shared by design."""
     found = {}
     for row in rows:
         for p in row["qa"]:
-            texts = [] if p["type"] == "short" else [p["answer"], *p["alternatives"]] if p["generic"] else [f"{p['question']} {p['answer']}"]
-            found |= {(row["label"], text): None for text in texts}
+            texts = [p["answer"], *p["alternatives"]] if p["generic"] else [f"{p['question']} {p['answer']}"]
+            if not (p["generic"] and p["type"] == "short"):
+                found |= {(row["label"], text): None for text in texts}
     return list(found)
 
 

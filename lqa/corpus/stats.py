@@ -25,7 +25,7 @@ def load_readings(folder: str | Path) -> Splits:
             return {path.name.split("-")[0]: _read(path) for path in files}
     from lqa.corpus.latentqa import FILES, read_latentqa
 
-    if any(folder.rglob(name) for name in FILES):
+    if any(True for name in FILES for _ in folder.rglob(name)):
         return read_latentqa(folder)
     raise LqaError(f"{folder} holds no corpus (no latentqa/*.parquet, and none of LatentQA's JSON files); name the folder of one.")
 
