@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -187,7 +188,7 @@ def test_a_problem_fails_the_build_names_it_and_leaves_the_dataset_as_it_was(sma
     monkeypatch.setattr(corpus, "load_controls", lambda split=None: (*CONTROLS, twin))
     assert main(["data", "build", "--out", str(small / "one")]) == 2
     err = capsys.readouterr().err
-    assert "-twin: the control" in err and "problem(s), listed above, and was not written" in err.splitlines()[-1]
+    assert "-twin: its control text repeats" in err and "problem(s), listed above, and was not written" in err.splitlines()[-1]
     assert files(small / "one") == before
 
 
@@ -246,3 +247,15 @@ def test_a_damaged_parquet_file_is_a_sentence(small):
     (small / "one" / "latentqa" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(LqaError, match="not a readable Parquet file"):
         stats.load_readings(small / "one")
+
+
+def test_the_committed_dataset_is_that_of_this_corpus():
+    folder = Path(__file__).parent.parent / "dataset"
+    if not folder.is_dir():
+        pytest.skip("no dataset/ in this checkout; `python -m lqa data build` writes it")
+    assert f"revision `{corpus.revision()}`" in (folder / "README.md").read_text(encoding="utf-8")
+    sides = split_of(load_controls())
+    readings = stats.load_readings(folder)
+    assert {row["label"] for rows in readings.values() for row in rows} == set(sides)
+    assert all(sides[row["label"]] == side_of(name) for name, rows in readings.items() for row in rows)
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < build.MAX_BYTES
