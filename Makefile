@@ -16,8 +16,8 @@ help:  ## Show this list
 
 setup: $(STAMP)  ## Create .venv with all that is needed (PYTHON=python3.12 for another interpreter)
 
-demo: $(STAMP)  ## Start the web demo (ARGS=--check to test that it would start)
-	$(BIN)/python app.py $(ARGS)
+demo: $(STAMP)  ## Start the web demo and open it (ARGS=--check to test that it would start)
+	$(BIN)/python app.py --open $(ARGS)
 
 test: lint  ## Check the style, then run the tests, offline (ARGS="-m 'not slow'" for a part of them)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)

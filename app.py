@@ -1,6 +1,6 @@
 """The Space's entry: loads a decoder, builds the page, launches it.
 
-python app.py [--check] [--decoder PATH|HUB_ID] [--host HOST] [--port PORT]
+python app.py [--check] [--open] [--decoder PATH|HUB_ID] [--host HOST] [--port PORT]
 """
 
 import spaces  # noqa: F401  before torch: ZeroGPU must be in place when CUDA is first looked at
@@ -34,6 +34,7 @@ def load(source: str | None) -> LatentDecoder:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The web page: read a language model's activations in natural language.")
     parser.add_argument("--check", action="store_true", help="build everything, ask one question, print the answer, and exit")
+    parser.add_argument("--open", action="store_true", help="open the page in the web browser")
     default = os.environ.get("LQA_DECODER")
     parser.add_argument("--decoder", default=default, help="a folder or Hub id (default: $LQA_DECODER, else the embedded one)")
     parser.add_argument("--host", help="the address to listen on (default: Gradio's)")
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     except LqaError as error:
         print(error, file=sys.stderr)
         return 2
-    launch(demo, server_name=args.host, server_port=args.port)
+    launch(demo, server_name=args.host, server_port=args.port, inbrowser=args.open)
     return 0
 
 

@@ -25,7 +25,7 @@ from lqa import engine
 from lqa.activations import Capture, gather_spans
 from lqa.chat import render, resolve_span
 from lqa.conditioning import Projection, condition, reference
-from lqa.decoder import ADAPTER, LatentDecoder, Reading
+from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base, load_base
@@ -86,6 +86,8 @@ def bench_read(
     paper["same_tokens"] says whether its tokens are those of `ours`, all of them; paper["ties"] counts the rows that part at a place
     where both tokens' logits differ by less than TIE.  Raises LqaError if, in float32, a row parts from ours anywhere else.
     """
+    if min(questions, new_tokens, repeats) < 1:
+        raise LqaError("The numbers of questions, new tokens and repeats must each be at least 1.")
     decoder = decoder_source if isinstance(decoder_source, LatentDecoder) else LatentDecoder.from_pretrained(decoder_source)
     asked = _questions(questions)
     reading = decoder.read(CHAT, SPAN)
@@ -184,11 +186,11 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[Tenso
 
 
 def _reference_activations(decoder: LatentDecoder, reading: Reading) -> Tensor | None:
-    """What the decoder's conditioning compares with, (N, D); None if it is raw."""
+    """What the decoder's conditioning compares with, (N, D); None if it is raw.  Every token of the benchmark's span has a reference."""
     if decoder.config.conditioning == "raw":
         return None
     found = reference(decoder.base.tokenizer, reading.rendered, list(reading.span))
-    return decoder._capture(*found, reading.layer) if found else None
+    return decoder._capture(found.rendered, found.places, reading.layer) if found else None
 
 
 def _read_paper(
@@ -203,7 +205,8 @@ def _read_paper(
         model(input_ids=target_ids, attention_mask=torch.ones_like(target_ids), use_cache=False)
     activations = gather_spans({layer: captured[layer]}, [span] * len(asked), [[layer]] * len(asked))
     if h0 is not None:
-        activations = condition(activations, h0.repeat(len(asked), 1), layer, config.conditioning, config.conditioning_constant, decoder.projection)
+        how = (config.conditioning, config.conditioning_constant, decoder.projection)
+        activations = condition(activations, h0.repeat(len(asked), 1), None, layer, *how)
     prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), [layer])
     prompts = [prefix + config.prompt.question(base.tokenizer, q) for q in asked]
     ids, mask, positions = _left_padded(prompts, 0, base.device)
@@ -211,7 +214,7 @@ def _read_paper(
     same, ties, ours = torch.ones(len(asked), dtype=torch.bool), 0, ours.to(base.device)
     with Injection(twin, config.write_layer, config.operation) as injection:
         for step in range(new):
-            with twin.decoding(ADAPTER) as model, injection.armed(where, activations):
+            with twin.decoding(decoder.adapter) as model, injection.armed(where, activations):
                 out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
             logits = out.logits[:, -1].float()
             tokens = logits.argmax(-1)

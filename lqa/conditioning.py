@@ -8,7 +8,7 @@ the same visible turns without the hidden context, so that the difference is wha
     amplified  h + a (h - h0)
     projected  P_k (h - h0) + b_k     P_k, b_k for each read layer k lie beside the adapter
 
-Where nothing is hidden there is no difference: `contrast` is then an error, the others inject h.
+A token that no hidden turn precedes has no reference: where that is all of them `contrast` is an error, else it injects h as the others do.
 
 `projected` is fitted before the decoder is trained (train.projection): from the difference at one token it predicts what the write layer
 would hold for the hidden text.  The model can already read that, so a decoder starts with its input in a form that it knows.
@@ -16,7 +16,10 @@ would hold for the hidden text.  The model can already read that, so a decoder s
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,10 +43,18 @@ class Projection:
         return difference @ weight.T + bias
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes the maps, beside their place and then renamed: a killed run leaves no half a file."""
         from safetensors.torch import save_file
 
         tensors = {f"{k}.{part}": t.to("cpu", dtype).contiguous() for k, m in self.maps.items() for part, t in zip(_PARTS, m, strict=True)}
-        save_file(tensors, Path(folder, PROJECTION))
+        part = Path(folder, f".{PROJECTION}.{os.getpid()}")
+        save_file(tensors, part)
+        os.replace(part, Path(folder, PROJECTION))
+
+    def digest(self) -> str:
+        """A hash of the maps."""
+        parts = [t.detach().cpu().contiguous().numpy().tobytes() for k in sorted(self.maps) for t in self.maps[k]]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     @classmethod
     def load(cls, folder: str | Path, layers: list[int], width: int) -> Projection:
@@ -60,7 +71,8 @@ class Projection:
             raise LqaError(f"{path} is damaged ({error}); download or train the decoder again.") from error
         shapes = {f"{k}.{part}": shape for k in layers for part, shape in zip(_PARTS, ((width, width), (width,)), strict=True)}
         if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
-            raise LqaError(f"{path} does not hold maps of width {width} for the layers {', '.join(map(str, layers))}; it is another decoder's.")
+            wanted = f"maps of width {width} for the layers {', '.join(map(str, layers))}"
+            raise LqaError(f"{path} does not hold {wanted}; it is another decoder's.")
         return cls({k: tuple(tensors[f"{k}.{part}"].float() for part in _PARTS) for k in layers})
 
 
@@ -68,20 +80,35 @@ _PARTS = ("weight", "bias")
 
 
 def condition(
-    h: Tensor, h0: Tensor | None, layer: int, name: str, constant: float | None = None, projection: Projection | None = None
+    h: Tensor,
+    h0: Tensor | None,
+    which: list[int] | None,
+    layer: int,
+    name: str,
+    constant: float | None = None,
+    projection: Projection | None = None,
 ) -> Tensor:
-    """What is injected for activations h of `layer` with the reference's h0 (None: nothing is hidden), all (N, D); differentiable."""
-    if name == "raw" or (h0 is None and name in CONDITIONINGS and name != "contrast"):
+    """What is injected, (N, D), for activations h (N, D) of `layer`; differentiable.
+
+    h0     (M, D) the reference's activations; None if no token has a reference
+    which  the M rows of h that h0 belongs to; None: all
+    """
+    if name not in CONDITIONINGS:
+        raise LqaError(f"The conditioning {name!r} is unknown; supported are {', '.join(CONDITIONINGS)}.")
+    if name == "contrast" and h0 is None:
+        raise LqaError("This decoder reads what a hidden turn changes, but the span hides none; select tokens of fewer turns.")
+    if name == "raw" or h0 is None:
         return h
+    own = h if which is None else h[which]
     if name == "contrast":
-        if h0 is None:
-            raise LqaError("This decoder reads what a hidden turn changes, but the span hides none; select tokens of fewer turns.")
-        return h - h0
-    if name == "amplified":
-        return h + constant * (h - h0)
-    if name == "projected":
-        return projection(h - h0, layer)
-    raise LqaError(f"The conditioning {name!r} is unknown; supported are {', '.join(CONDITIONINGS)}.")
+        conditioned = own - h0
+    elif name == "amplified":
+        conditioned = own + constant * (own - h0)
+    else:
+        conditioned = projection(own - h0, layer)
+    if len(own) == len(h):
+        return conditioned
+    return h.index_put((torch.tensor(which, device=h.device),), conditioned.to(h.dtype))
 
 
 def check_conditioning(name: str, constant: float | None) -> None:
@@ -93,8 +120,17 @@ def check_conditioning(name: str, constant: float | None) -> None:
         raise LqaError(f"The conditioning {name!r} {wants}, but the constant is {constant!r}.")
 
 
-def reference(tokenizer, rendered: Rendered, indices: list[int]) -> tuple[Rendered, list[int]] | None:
-    """The visible turns alone, and where the span's tokens stand in them; None if no hidden turn comes before a selected token.
+class Reference(NamedTuple):
+    """The visible turns alone: `rendered`, the `places` in it of the tokens that have a reference, and which of the span these are."""
+
+    rendered: Rendered
+    places: list[int]
+    which: list[int]  # positions in the span, ascending
+
+
+def reference(tokenizer, rendered: Rendered, indices: list[int]) -> Reference | None:
+    """The reference of the tokens in the span that come after a hidden turn; None if none does.  (The template may put its default
+    system prompt where a system turn is left out.)
 
     Tokens are matched from the end of their turn, since a template may put other headers before a turn that now comes first.
     Raises LqaError if the template does not render the visible turns alone, or renders their tokens differently.
@@ -103,21 +139,28 @@ def reference(tokenizer, rendered: Rendered, indices: list[int]) -> tuple[Render
     visible = [turn for turn in range(len(rendered.chat)) if turn not in hidden]
     if not visible or not any(turn < visible[-1] for turn in hidden):
         return None
-    alone = render(tokenizer, [{"role": rendered.chat[t][0], "content": rendered.chat[t][1]} for t in visible])
+    try:
+        alone = render(tokenizer, [{"role": rendered.chat[t][0], "content": rendered.chat[t][1]} for t in visible])
+    except LqaError as error:
+        raise LqaError(f"The selected turns cannot be rendered without the hidden ones, select other tokens: {error}") from error
     here, there = _turns(rendered), _turns(alone)
-    places = []
-    for i in indices:
+    places, which = [], []
+    for n, i in enumerate(indices):
         turn = rendered.tokens[i].turn
-        own = here[turn]
-        other = there.get(visible.index(turn) if turn >= 0 else turn, [])
+        if not any(other < turn for other in hidden):
+            continue
+        own, other = here[turn], there[visible.index(turn)]
         place = len(other) - (len(own) - own.index(i))
         if place < 0 or alone.ids[other[place]] != rendered.ids[i]:
+            if not rendered.tokens[i].content:
+                continue  # what joins this turn to the hidden one before it
             raise LqaError(
                 f"Token {i} ({rendered.tokens[i].text!r}) has no counterpart when the hidden turns are left out; "
                 "select whole turns, or all."
             )
         places.append(other[place])
-    return alone, places
+        which.append(n)
+    return Reference(alone, places, which) if which else None
 
 
 def _turns(rendered: Rendered) -> dict[int, list[int]]:

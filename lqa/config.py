@@ -116,6 +116,8 @@ class DecoderConfig:
         check_conditioning(self.conditioning, self.conditioning_constant)
         if self.positions not in POSITIONS:
             raise LqaError(f"{SIDECAR}: the position policy {self.positions!r} is unknown; supported are {', '.join(POSITIONS)}.")
+        if self.write_layer < -1:
+            raise LqaError(f"{SIDECAR}: write_layer is {self.write_layer}; name a block (0, 1, ...), or -1 for the embeddings.")
         if self.layers_per_reading != 1:
             raise LqaError(f"{SIDECAR}: layers_per_reading is {self.layers_per_reading!r}; this version reads 1 layer at a time.")
         if self.default_layer not in self.read_layers:
@@ -131,6 +133,8 @@ class DecoderConfig:
                     f"The decoder was trained on {self.base['name']} with the {part} fingerprint {mine}, but {base.name} has {live[part]}; "
                     "load it with its own base model."
                 )
+        if not 0 <= self.slot_token_id < base.model.config.get_text_config().vocab_size:
+            raise LqaError(f"{SIDECAR} names the slot token {self.slot_token_id}, which {base.name} does not have.")
         if deepest := [k for k in [*self.read_layers, self.write_layer] if k >= len(base.blocks)]:
             raise LqaError(f"{SIDECAR} names layer {deepest[0]}, but {base.name} has the blocks 0 to {len(base.blocks) - 1}.")
 
@@ -160,4 +164,7 @@ class DecoderConfig:
             raise LqaError(f"{path} lacks the key(s) {', '.join(missing)}; it was written by another version of lqa.")
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             raise LqaError(f"{path} has the unknown key(s) {', '.join(unknown)}; it was written by another version of lqa.")
-        return cls(**data).check()
+        try:
+            return cls(**data).check()
+        except TypeError as error:
+            raise LqaError(f"{path} has a value of the wrong type ({error}); download or train the decoder again.") from error

@@ -19,7 +19,6 @@ from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base, load_base
 
-ADAPTER = "decoder"
 EMBEDDED_DECODER = Path(__file__).parent.parent / "decoders" / "smollm2-135m-instruct"
 MAX_NEW_TOKENS = 48
 
@@ -79,7 +78,7 @@ class LatentDecoder:
         base = base or load_base(config.base["name"], device=device, dtype=dtype)
         projected = config.conditioning == "projected"
         decoder = cls(base, config, name, Projection.load(folder, config.read_layers, base.hidden_size) if projected else None)
-        base.add_adapter(folder, ADAPTER)
+        decoder.adapter = base.add_adapter(folder)
         return decoder
 
     # --- the target --------------------------------------------------------------------------------------------
@@ -95,9 +94,10 @@ class LatentDecoder:
         activations = self._capture(rendered, indices, layer)
         config = self.config
         found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices)
-        h0 = self._capture(*found, layer) if found else None
-        injected = condition(activations, h0, layer, config.conditioning, config.conditioning_constant, self.projection)
-        return Reading(self, rendered, tuple(indices), layer, activations, injected)
+        h0 = self._capture(found.rendered, found.places, layer) if found else None
+        how = (config.conditioning, config.conditioning_constant, self.projection)
+        injected = condition(activations, h0, found and found.which, layer, *how)
+        return Reading(self, rendered, tuple(indices), layer, activations, injected, conditioned=found is not None)
 
     def _capture(self, rendered: Rendered, indices: list[int], layer: int) -> Tensor:
         ids = torch.tensor([rendered.ids], device=self.base.device)
@@ -114,6 +114,8 @@ class LatentDecoder:
         self, chat: Chat, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[str]:
         """`generate` as pieces of text."""
+        if max_new_tokens < 1:
+            raise LqaError(f"The number of new tokens must be at least 1, not {max_new_tokens}.")
         rendered = self._render(chat)
         if rendered.chat[-1][0] == "assistant":
             raise LqaError("The chat ends with the assistant's turn; it needs a user's message to reply to.")
@@ -129,7 +131,7 @@ class LatentDecoder:
 
     def session(self):
         """The model as decoder, for one forward pass."""
-        return self.base.decoding(ADAPTER)
+        return self.base.decoding(self.adapter)
 
     def _render(self, chat: Chat) -> Rendered:
         rendered = render(self.base.tokenizer, chat)
@@ -173,16 +175,24 @@ def _download(name: str, revision: str | None) -> Path:
 class Reading:
     """A target forward pass, captured: `tokens`, `span` (indices), `layer`, `activations` (N, D).  Questions are asked of it.
 
-    `injected` (N, D) is what the decoder gets: the activations, conditioned as the sidecar says.
+    `injected` (N, D) is what the decoder gets: the activations, conditioned as the sidecar says.  `conditioned` says whether there was
+    a hidden context to condition on.
 
     The target runs once, in `LatentDecoder.read`; the prompt with its slots runs once per reading, however many questions follow.
     """
 
     def __init__(
-        self, decoder: LatentDecoder, rendered: Rendered, span: tuple[int, ...], layer: int, activations: Tensor, injected: Tensor
+        self,
+        decoder: LatentDecoder,
+        rendered: Rendered,
+        span: tuple[int, ...],
+        layer: int,
+        activations: Tensor,
+        injected: Tensor,
+        conditioned: bool,
     ):
         self.decoder, self.rendered, self.span, self.layer = decoder, rendered, span, layer
-        self.activations, self.injected = activations, injected
+        self.activations, self.injected, self.conditioned = activations, injected, conditioned
         self._prefixes: dict[str, engine.Prefix] = {}
         self._lock = threading.Lock()
 
@@ -228,13 +238,17 @@ class Reading:
         Raises LqaError for an empty question, no answers, or an empty one.
         """
         answers = [answers] if isinstance(answers, str) else list(answers)
+        logprobs = [self.logprobs(question, answers, source) for source in ("true", "none")]
+        return [Score(*row) for row in zip(answers, *logprobs, strict=True)]
+
+    def logprobs(self, question: str, answers: Sequence[str], source: str = "true") -> list[float]:
+        """Mean log-probability per token (nats) of each answer; `source` as in `stream`."""
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise LqaError("Give at least one answer to score, and no empty one.")
         tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
         ids = [prompt.answer(tokenizer, check_text(tokenizer, a, "The answer")) for a in answers]
-        rows = [row for row in self._rows([question], ("true", "none"), max(map(len, ids))) for _ in answers]
-        logprobs = engine.score(self.decoder.session, self._prefix(("true", "none")), rows, ids + ids)
-        return [Score(a, *pair) for a, pair in zip(answers, zip(logprobs[: len(ids)], logprobs[len(ids) :], strict=True), strict=True)]
+        rows = self._rows([question], (source,), max(map(len, ids))) * len(answers)
+        return engine.score(self.decoder.session, self._prefix((source,)), rows, ids)
 
     # --- how -------------------------------------------------------------------------------------------------------
 

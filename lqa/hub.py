@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lqa.conditioning import PROJECTION
 from lqa.config import SIDECAR, DecoderConfig
+from lqa.decoder import EMBEDDED_DECODER
 from lqa.errors import LqaError
 
 CARDS = Path(__file__).parent.parent / "hub_cards"
@@ -29,13 +30,18 @@ def download_decoder(repo_id: str, revision: str | None = None) -> Path:
         raise LqaError(f"The decoder {repo_id!r} is not a folder here and cannot be had from the Hub: {reason}") from error
 
 
-def write_decoder_card(folder: str | Path, repo_id: str | None = None) -> Path:
-    """Renders README.md of a decoder folder from its sidecar (metrics included), training log and plot."""
+def write_decoder_card(folder: str | Path, repo_id: str | None = None, name: str | None = None) -> Path:
+    """Renders README.md of a decoder folder from its sidecar (metrics included), training log and plot.
+
+    `repo_id`: where it will be on the Hub, for the snippet, which else loads the embedded decoder or the folder; `name`: its title.
+    """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     folder = Path(folder)
     config = DecoderConfig.load(folder)
-    name, base = folder.resolve().name if repo_id is None else repo_id.split("/")[-1], config.base["name"]
+    name, base = name or (folder.resolve().name if repo_id is None else repo_id.split("/")[-1]), config.base["name"]
+    embedded = folder.resolve() == EMBEDDED_DECODER.resolve()
+    source = repo_id or ("" if embedded else f"decoders/{name}")
     metrics, results = config.metrics.get("identify"), None
     if metrics:
         ours = [row for row in metrics["rows"] if row["source"] == "the decoder"]
@@ -45,6 +51,7 @@ def write_decoder_card(folder: str | Path, repo_id: str | None = None) -> Path:
                 task_name="LatentQA identify",
                 dataset_type="latentqa",
                 dataset_name=f"{metrics['data']}, {row['message']} message",
+                dataset_config=f"{row['message']} message",  # results of one dataset and config would be merged
                 metric_type="accuracy",
                 metric_name=f"accuracy among {metrics['m']}",
                 metric_value=round(row["accuracy"], 4),
@@ -68,7 +75,7 @@ def write_decoder_card(folder: str | Path, repo_id: str | None = None) -> Path:
         card_data,
         template_path=str(CARDS / "decoder.md"),
         name=name,
-        repo_id=repo_id,
+        source=f'"{source}"' if source else "",
         base=base,
         weights=config.base.get("weights", {}),
         config=config,

@@ -90,6 +90,7 @@ class Base:
         self.context = getattr(config, "max_position_embeddings", None) or 10**9
         self.lock = threading.RLock()
         self._tuners: list = []
+        self._adapters = 0
         self._peft = None
         self._check_blocks()
 
@@ -121,8 +122,8 @@ class Base:
 
         self._tuners = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
 
-    def add_adapter(self, folder: str | Path, name: str) -> None:
-        """Loads a LoRA from `folder` (safetensors only) under `name`, switched off until `using(name)`.
+    def add_adapter(self, folder: str | Path) -> str:
+        """Loads a LoRA from `folder` (safetensors only) and returns its name; it is switched off until `using(name)`.
 
         Raises LqaError if the file is absent, truncated, not finite, or made for other shapes.
         """
@@ -140,6 +141,8 @@ class Base:
         if bad := next((key for key, t in tensors.items() if not torch.isfinite(t).all()), None):
             raise LqaError(f"{path}: the tensor {bad} is not finite; the adapter is damaged, download or train it again.")
         with self.lock:
+            name = f"adapter{self._adapters}"  # PEFT loads a second adapter of one name over the first
+            self._adapters += 1
             try:
                 if self._peft is None:
                     self._peft = PeftModel.from_pretrained(self.model, folder, adapter_name=name, torch_device=str(self.device))
@@ -147,10 +150,12 @@ class Base:
                     self._peft.load_adapter(folder, adapter_name=name, torch_device=str(self.device))
             except (RuntimeError, ValueError, TypeError, KeyError) as error:
                 raise LqaError(f"The adapter in {folder} does not fit {self.name}: {str(error).splitlines()[0]}") from error
-            self.find_adapters()
-            self.model.requires_grad_(False).eval()
-            for m in self._tuners:  # off until asked for: the bare model is the target
-                m._disable_adapters = True
+            finally:  # also where half of it went in
+                self.find_adapters()
+                self.model.requires_grad_(False).eval()
+                for m in self._tuners:  # off until asked for: the bare model is the target
+                    m._disable_adapters = True
+        return name
 
     @contextmanager
     def using(self, *adapters: str):
@@ -225,7 +230,10 @@ def embedded_folder() -> Path:
     folder = cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LqaError(f"The cache folder {folder.parent} cannot be written ({error}); name another one with LQA_CACHE.") from error
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             for stale in folder.parent.glob(f"{folder.name}.*.part"):
@@ -244,6 +252,7 @@ def load_base(source: str | os.PathLike | None = None, *, revision: str | None =
 
     float32 on CPU, bfloat16 on GPU unless `dtype` says otherwise.  Raises LqaError if it cannot be had or is not a decoder-only model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -256,6 +265,6 @@ def load_base(source: str | os.PathLike | None = None, *, revision: str | None =
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise LqaError(f"The base model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return Base(model.to(device), tokenizer, name, weights)

@@ -315,7 +315,7 @@ def test_errors_are_said_in_the_page_and_nothing_is_lost(page):
 
 @pytest.mark.browser
 def test_text_of_users_stays_text(page):
-    page.evaluate("window.alert = () => { window.hit = true; }")
+    page.evaluate("() => { window.alert = () => { window.hit = true; }; }")
     evil = "<img src=x onerror=alert(1)> ${1+1} {{value}} ${alert(1)} `"
     fill(page, system=SYSTEM, user=evil, question=evil)
     read(page, "onerror")

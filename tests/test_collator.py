@@ -79,8 +79,9 @@ def test_a_batch_is_padded_on_the_right_and_reads_patched_rows_only(llama, examp
     assert [r["patched"] for r in rows] == [True, True, True, False] and not batch["slots"][3].any()
     assert batch["read_spans"] == [s[1][0][1] for s in singles[:3]] and batch["read_layers"] == [[0], [1], [0]]
     for ids, mask, single in zip(batch["read_ids"].tolist(), batch["read_mask"].tolist(), singles[:3], strict=True):
-        n = len(single[1])
-        assert ids[:n] == single[1] and mask == [1] * n + [0] * (len(ids) - n)
+        own = single[1][0][0]
+        n = len(own)
+        assert ids[:n] == own and mask == [1] * n + [0] * (len(ids) - n)
     assert int(batch["slots"].sum()) == len(read(base, batch))
     assert batch["slots"].dtype == torch.bool and batch["labels"].dtype == torch.long
 

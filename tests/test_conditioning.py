@@ -21,24 +21,26 @@ SYSTEM = [{"role": "system", "content": "Speak like a pirate."}, CHAT[2]]
 def test_condition_by_hand():
     h, h0 = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 5.0]])
     projection = Projection({7: (torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([10.0, 20.0]))})
-    assert condition(h, h0, 7, "raw").tolist() == [[3, 4]]
-    assert condition(h, h0, 7, "contrast").tolist() == [[2, -1]]
-    assert condition(h, h0, 7, "amplified", 2.0).tolist() == [[7, 2]]
-    assert condition(h, h0, 7, "projected", None, projection).tolist() == [[10, 17]]
+    assert condition(h, h0, None, 7, "raw").tolist() == [[3, 4]]
+    assert condition(h, h0, None, 7, "contrast").tolist() == [[2, -1]]
+    assert condition(h, h0, None, 7, "amplified", 2.0).tolist() == [[7, 2]]
+    assert condition(h, h0, None, 7, "projected", None, projection).tolist() == [[10, 17]]
+    two = torch.cat([h0, h])
+    assert condition(two, h0, [1], 7, "projected", None, projection).tolist() == [[1, 5], [10, 17]]  # the first has no reference
     for name in ("raw", "amplified", "projected"):  # nothing hidden
-        assert torch.equal(condition(h, None, 7, name, 8.0, projection), h)
+        assert torch.equal(condition(h, None, None, 7, name, 8.0, projection), h)
     with pytest.raises(LqaError, match="hides none"):
-        condition(h, None, 7, "contrast")
+        condition(h, None, None, 7, "contrast")
     for other in (h0, None):
         with pytest.raises(LqaError, match="'magic' is unknown"):
-            condition(h, other, 7, "magic")
+            condition(h, other, None, 7, "magic")
 
 
 def test_the_projection_passes_gradients_and_comes_back_from_disk(tmp_path):
     torch.manual_seed(0)
     projection = Projection({k: (torch.randn(4, 4), torch.randn(4)) for k in (0, 2)})
     h, h0 = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
-    condition(h, h0, 2, "projected", None, projection).sum().backward()
+    condition(h, h0, None, 2, "projected", None, projection).sum().backward()
     assert torch.allclose(h.grad, projection.maps[2][0].sum(0).expand(3, 4))
     projection.save(tmp_path)
     loaded = Projection.load(tmp_path, [0, 2], 4)
@@ -69,13 +71,23 @@ def test_bad_conditionings_are_refused(name, constant, message):
 def test_reference_is_the_visible_turns_alone(tokenizer_of, style, chat, visible):
     tokenizer = tokenizer_of(style)
     rendered = render(tokenizer, chat)
-    # In a template that joins the system prompt and the user's turn the header is not the user's own: its content and what follows are.
-    content = [i for i, t in enumerate(rendered.tokens) if t.turn == len(chat) - 1 and t.content]
-    indices = list(range(content[1], len(rendered)))
-    alone, places = reference(tokenizer, rendered, indices)
+    indices = resolve_span("turn:-1", rendered)
+    alone, places, which = reference(tokenizer, rendered, indices)
     assert alone.text == render(tokenizer, visible).text
-    assert [alone.ids[p] for p in places] == [rendered.ids[i] for i in indices]
+    assert [alone.ids[p] for p in places] == [rendered.ids[indices[n]] for n in which]
     assert places[-1] == len(alone) - 1
+    # A template that joins the system prompt and the user's turn puts something between them that the turn alone does not have.
+    left = [i for n, i in enumerate(indices) if n not in which]
+    assert len(left) <= 2 and not any(rendered.tokens[i].content for i in left)
+
+
+def test_only_what_comes_after_a_hidden_turn_has_a_reference(tokenizer_of):
+    tokenizer = tokenizer_of("chatml")
+    rendered = render(tokenizer, CHAT)
+    indices = resolve_span("user", rendered)
+    assert {rendered.tokens[i].turn for i in indices} == {0, 2}
+    _, _, which = reference(tokenizer, rendered, indices)
+    assert {rendered.tokens[indices[n]].turn for n in which} == {2}
 
 
 def test_no_reference_where_nothing_or_everything_is_hidden(tokenizer_of):
@@ -189,4 +201,4 @@ def test_too_few_controls_for_a_fit_are_refused(tiny, config_for):
 
     base = tiny("smol")
     with pytest.raises(LqaError, match="too few"):
-        fit_projection(base, config_for(base), load_controls("train")[:1], ProjectionConfig(messages=1), seed=0)
+        fit_projection(base, config_for(base), load_controls("train")[:0], ProjectionConfig(), seed=0)

@@ -127,7 +127,7 @@ QAS = control().qa
     ("changes", "words"),
     [
         ({"stimuli": ("Which pirate sailed the Caribbean?", "Tell me how a fridge works.")}, "stimulus.*shares.*caribbean"),
-        ({"qa": (QA("Does it speak as a pirate?", "Yes.", "description"), *QAS[1:])}, "question.*shares.*pirate"),
+        ({"qa": (QA("Does it speak as a pirate?", "Yes.", "description"), *QAS[1:])}, "question.*shares.*pirat"),
         ({"qa": QAS[:3]}, "at least two.*reasoning"),
         ({"qa": QAS[1:]}, "at least two of type description"),
         ({"qa": (*QAS, QA("Is this a kind that exists?", "No.", "riddle"))}, "at least two of type description"),

@@ -23,7 +23,7 @@ def naive_answer(decoder, reading, question, n):
         batch = torch.tensor([ids + out])
         mask = torch.tensor([slots + [False] * (batch.shape[1] - len(slots))])
         with decoder.session() as model, Injection(decoder.base, config.write_layer, config.operation) as injection:
-            with injection.armed(mask, reading.activations):
+            with injection.armed(mask, reading.injected):
                 token = int(model(input_ids=batch, use_cache=False).logits[0, -1].argmax())
         if token in config.prompt.stop_ids(tokenizer):
             break
@@ -93,7 +93,7 @@ def test_score_is_the_mean_log_probability(tiny_decoder):
     for patched, value in ((True, score.logprob), (False, score.logprob_none)):
         with decoder.session() as model, Injection(decoder.base, config.write_layer, config.operation) as injection:
             if patched:
-                injection.arm(mask, reading.activations)
+                injection.arm(mask, reading.injected)
             logits = model(input_ids=batch).logits[0].float().log_softmax(-1)
         mean = sum(float(logits[len(ids) - 1 + i, t]) for i, t in enumerate(answer)) / len(answer)
         assert value == pytest.approx(mean, abs=1e-4)
@@ -151,10 +151,10 @@ def test_no_hook_survives_an_error(tiny_decoder, monkeypatch):
     decoder = tiny_decoder()
     reading = decoder.read(CHAT, "turn:-1")
     before = hooks(decoder.base)
-    reading.activations = reading.activations[:-1]
+    reading.injected = reading.injected[:-1]
     with pytest.raises(LqaError, match="slots but"):
         reading.ask(QUESTIONS[0])
-    reading.activations = torch.full((len(reading.span), 32), float("nan"))
+    reading.injected = torch.full((len(reading.span), 32), float("nan"))
     with pytest.raises(LqaError, match="not finite"):
         reading.ask(QUESTIONS[0])
     assert hooks(decoder.base) == before
@@ -260,3 +260,43 @@ def test_an_adapter_of_other_shapes_or_with_nan_is_refused(tiny, decoder_folder)
         save_file(tensors | {key: change}, path)
         with pytest.raises(LqaError, match=message):
             LatentDecoder.from_pretrained(folder, base=tiny("smol"))
+
+
+def test_two_decoders_over_one_base_stay_themselves(tiny, tiny_decoder, decoder_folder):
+    import peft
+
+    base, folder = tiny("smol"), decoder_folder()
+    first = LatentDecoder.from_pretrained(folder, base=base)
+    before = first.read(CHAT, "turn:-1").score(QUESTIONS[0], ["Formally."])
+    torch.manual_seed(9)
+    other = decoder_folder()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny("smol").model, lora).save_pretrained(other)
+    second = LatentDecoder.from_pretrained(other, base=base)
+    assert second.read(CHAT, "turn:-1").score(QUESTIONS[0], ["Formally."]) != before
+    assert first.read(CHAT, "turn:-1").score(QUESTIONS[0], ["Formally."]) == before
+
+
+def test_a_folder_that_does_not_fit_leaves_the_base_as_it_was(tiny, decoder_folder):
+    base = tiny("smol")
+    chat = [{"role": "user", "content": "Who is it?"}]
+    before = LatentDecoder.from_pretrained(decoder_folder(), base=base).generate(chat, max_new_tokens=5)
+    with pytest.raises(LqaError, match="does not fit"):
+        base.add_adapter(decoder_folder("gptoss"))
+    assert LatentDecoder.from_pretrained(decoder_folder(), base=base).generate(chat, max_new_tokens=5) == before
+    fresh = tiny("smol")
+    with pytest.raises(LqaError, match="does not fit"):
+        fresh.add_adapter(decoder_folder("gptoss"))
+    assert LatentDecoder.from_pretrained(decoder_folder(), base=fresh).generate(chat, max_new_tokens=5) == before
+
+
+def test_references_differ_in_content_and_not_in_kind(tiny_decoder):
+    """Where a reading hides nothing, neither does the donor."""
+    from lqa.grounding import DONOR_CHAT, donor_activations, map_linearly
+
+    decoder = tiny_decoder(conditioning="projected")
+    for span, theirs in (("turn:-1", "turn:-1"), ("all", "all")):
+        reading = decoder.read(CHAT, span)
+        donor = decoder.read(DONOR_CHAT, theirs)
+        assert reading.conditioned == donor.conditioned == (span != "all")
+        assert torch.equal(donor_activations(reading), map_linearly(donor.injected, len(reading.span)))

@@ -13,7 +13,7 @@ from lqa.decoder import EMBEDDED_DECODER
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CARD = (EMBEDDED_DECODER / "README.md").read_text(encoding="utf-8")
+CARD = EMBEDDED_DECODER / "README.md"
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python -m lqa")]
 
@@ -24,13 +24,15 @@ def run(*argv: str) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("text", [README, CARD], ids=["README", "card"])
-def test_python_blocks_run_as_printed(text):
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [ROOT / "README.md", CARD], ids=["README", "card"])
+def test_python_blocks_run_as_printed(path):
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     assert run("-c", "\n".join(blocks)).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split()[3])
 def test_commands_run_as_printed(command):
     out = run(*shlex.split(command)[1:]).stdout

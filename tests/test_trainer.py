@@ -13,9 +13,12 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import train.trainer
+from lqa import LatentDecoder
+from lqa.conditioning import Projection
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
 from train.decoder import TrainConfig, build_trainer, load_config, main
+from train.export import export
 
 
 def losses(trainer):
@@ -297,6 +300,22 @@ def test_the_entry_point_trains_saves_and_prints_one_json_document(entry, capsys
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["steps"] == 3
 
 
+def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
+    path, out = entry
+    first = ["conditioning=projected", "projection.messages=1"]
+    assert main(["--config", str(path), *first]) == 0
+    maps = Projection.load(out, [0, 1], 32)
+    assert DecoderConfig.load(out).training["projection"] == {"messages": 1, "ridge": 0.1, "scale": 6.0}
+    assert Projection.load(out / "checkpoint-1", [0, 1], 32).digest() == maps.digest()
+    assert "Fitting" in capsys.readouterr().err
+    assert main(["--config", str(path), *first, "training_args.max_steps=3", "examples=6"]) == 0
+    assert Projection.load(out, [0, 1], 32).digest() == maps.digest()
+    assert "Fitting" not in capsys.readouterr().err  # gone on with
+    export(out, out.parent / "decoder")
+    decoder = LatentDecoder.from_pretrained(out.parent / "decoder", base=tiny("llama", max_position_embeddings=4096))
+    assert torch.allclose(decoder.projection.maps[1][0], maps.maps[1][0], rtol=2e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -311,6 +330,14 @@ def test_the_entry_point_trains_saves_and_prints_one_json_document(entry, capsys
         ("novelty=1", "unknown key.*novelty"),
         ("default_layer", "key=value"),
         ("read_layers.x=1", "holds a value"),
+        ("read_layers=[0,", "not YAML"),
+        ("read_layers=1", "config is wrong"),
+        ("write_layer=9", "layer 9"),
+        ("write_layer=-5", "write_layer is -5"),
+        ("slot_token=''", "slot_token is empty"),
+        ("training_args=", "config is wrong"),
+        ("mixture.forms={secret: 1.0}", "'secret'"),
+        ("projection.messages=9999", "between 1 and"),
     ],
 )
 def test_what_is_wrong_with_a_config_is_one_sentence_and_exit_code_2(entry, capsys, override, words):

@@ -59,7 +59,8 @@ class LatentQACollator:
     read_ids, read_mask                      (R, T)   the target's tokens of the patched rows, right-padded; after them the references of
                                                       those that have one (unless the conditioning is raw)
     read_spans, read_layers                  lists    the token indices and the layers that are read, for each row of read_ids
-    read_references                          list     for each patched row which row of read_ids is its reference, or None
+    read_references                          list     for each patched row its reference, or None: the row of read_ids, and which of the
+                                                      span's tokens have a counterpart there
     activations                              (N, D)   in place of the five above, if `cache` holds all readings of the batch
     cache_paths                              list     where to store what is read now, if `cache` is given but lacks some
 
@@ -76,7 +77,8 @@ class LatentQACollator:
         self.pad_id = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
     def row(self, example: dict) -> tuple[dict[str, list], list[tuple[list[int], list[int]]]]:
-        """One example as lists: the decoder's row, and the target passes it needs (ids, span): the reading, and its reference if any."""
+        """One example as lists: the decoder's row, and the target passes it needs: the reading (ids, span), and its reference if any
+        (ids, places, which of the span these are)."""
         rendered = render(self.tokenizer, example["chat"])
         span = resolve_span(example["span"], rendered)
         prompt = self.config.prompt
@@ -96,7 +98,7 @@ class LatentQACollator:
         passes = [(rendered.ids, span)]
         if self.config.conditioning != "raw":
             found = reference(self.tokenizer, rendered, span)
-            passes += [(found[0].ids, found[1])] if found else []
+            passes += [(found.rendered.ids, found.places, found.which)] if found else []
         return row, passes
 
     def __call__(self, examples: list[dict]) -> dict[str, object]:
@@ -120,8 +122,8 @@ class LatentQACollator:
         passes = [(*read[0], layers) for read, layers in reads]
         references = []
         for read, layers in reads:
-            references.append(len(passes) if len(read) > 1 else None)
-            passes += [(*other, layers) for other in read[1:]]
+            references.append((len(passes), read[1][2]) if len(read) > 1 else None)
+            passes += [(*other[:2], layers) for other in read[1:]]
         return batch | {
             "read_ids": _pad([ids for ids, _, _ in passes], self.pad_id),
             "read_mask": _pad([[1] * len(ids) for ids, _, _ in passes], 0),

@@ -15,6 +15,8 @@ from datasets import Dataset
 from lqa.corpus import Control, load_messages, load_questions
 from lqa.corpus.readings import control_chat
 
+FORMS = ("system", "stimulus", "control")  # the read forms that training mixes
+
 
 @dataclass
 class MixtureConfig:

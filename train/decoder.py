@@ -49,6 +49,8 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise LqaError(f"The config {path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise LqaError(f"The config {path} must be a mapping of names to values.")
     known = {f.name for f in fields(TrainConfig)}
     for override in overrides:
         key, found, value = override.partition("=")
@@ -60,7 +62,10 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise LqaError(f"The override {override!r}: {parent!r} holds a value, not a section.")
-        value = yaml.safe_load(value)
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise LqaError(f"The override {override!r} is not YAML: {str(error).splitlines()[0]}") from error
         place[last] = float(value) if isinstance(value, str) and _is_number(value) else value
     if unknown := sorted(set(data) - known):
         raise LqaError(f"{path}: unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
@@ -96,27 +101,34 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
     from lqa.models import load_base
     from lqa.provenance import code_version
     from train.collator import ActivationCache, LatentQACollator
-    from train.data import build_examples, build_validation
+    from train.data import FORMS, build_examples, build_validation
     from train.projection import ProjectionConfig
     from train.trainer import LatentQATrainer
 
     cuda = torch.cuda.is_available()
     defaults = {"bf16": cuda, "use_cpu": not cuda, "gradient_checkpointing": False, "disable_tqdm": None}
-    # YAML reads a bare `no` as false, which is what the strategies call "no".
-    given = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in config.training_args.items()}
     try:
+        # YAML reads a bare `no` as false, which is what the strategies call "no".
+        given = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in config.training_args.items()}
         args = SFTConfig(**defaults | given)
         mixture = MixtureConfig(**config.mixture)
         fitting = ProjectionConfig(**config.projection)
         lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | config.lora)
-    except (TypeError, ValueError) as error:
+        layers = [int(k) for k in config.read_layers]
+        if unknown := set(mixture.forms) - set(FORMS):
+            raise ValueError(f"mixture.forms has {sorted(unknown)[0]!r}; the forms are {', '.join(FORMS)}")
+        if not 1 <= fitting.messages <= len(corpus.load_messages()):
+            raise ValueError(f"projection.messages must be between 1 and {len(corpus.load_messages())}, not {fitting.messages}")
+        if not config.slot_token:
+            raise ValueError("slot_token is empty")
+    except (TypeError, ValueError, AttributeError) as error:
         raise LqaError(f"The training config is wrong: {error}") from error
     base = load_base(config.base)
-    if outside := [k for k in config.read_layers if not 0 <= k < len(base.blocks)]:
+    if outside := [k for k in layers if not 0 <= k < len(base.blocks)]:
         raise LqaError(f"read_layers names layer {outside[0]}; {base.name} has the blocks 0 to {len(base.blocks) - 1}.")
     sidecar = DecoderConfig(
         base={"name": base.name, "weights": base.weights, "fingerprint": base.fingerprint()},
-        read_layers=config.read_layers,
+        read_layers=layers,
         layers_per_reading=1,
         default_layer=config.default_layer,
         write_layer=config.write_layer,
@@ -132,7 +144,8 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
         corpus={"name": "lqa authored controls", "revision": corpus.revision(), "mixture": vars(mixture)},
         training={"code": code_version(), "warm_start": _earlier(config.warm_start)}
         | ({"projection": vars(fitting)} if config.conditioning == "projected" else {}),
-    ).check()
+    )
+    sidecar.check().check_base(base)
     train, validation = corpus.load_controls("train"), corpus.load_controls("validation")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     n = config.examples or args.max_steps * batch
@@ -142,10 +155,12 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
     evaluation = None
     if args.eval_strategy != "no":
         evaluation = build_validation(validation, config.validation_readings, mixture, config.default_layer, args.seed)
-    cache = ActivationCache(config.cache, base.fingerprint()) if config.cache else None
-    collator = LatentQACollator(base.tokenizer, sidecar, base.context, cache)
     if sidecar.conditioning == "projected" and projection is None:
         projection = _projection(base, sidecar, train, fitting, args, config)
+    source = base.fingerprint() | {"precision": "bf16" if args.bf16 else str(base.dtype)}
+    source |= {"projection": projection.digest()} if projection else {}
+    cache = ActivationCache(config.cache, source) if config.cache else None
+    collator = LatentQACollator(base.tokenizer, sidecar, base.context, cache)
     # PEFT writes the base's id into the adapter and its card: never a path of this machine.
     base.model.config._name_or_path = lora.base_model_name_or_path = base.name
     model = None
@@ -166,21 +181,21 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
 
 
 def _projection(base, sidecar, controls, fitting, args, config: TrainConfig):
-    """The maps for a run: its own from before it was killed, those of the warm start, or fitted now (and kept in the output folder)."""
+    """The maps for a run: those of the checkpoint that it goes on from, of the warm start, or fitted now."""
     import torch
+    from transformers.trainer_utils import get_last_checkpoint
 
     from lqa.conditioning import PROJECTION, Projection
     from train.projection import fit_projection
 
-    for folder in (args.output_dir if config.resume else None, config.warm_start):
+    # A resumed run keeps the maps of its checkpoint; without a checkpoint nothing has been trained on any.
+    last = get_last_checkpoint(args.output_dir) if config.resume and Path(args.output_dir).is_dir() else None
+    for folder in (last, config.warm_start):
         if folder and Path(folder, PROJECTION).is_file():
             return Projection.load(folder, sidecar.read_layers, base.hidden_size)
     print(f"Fitting the projection on {len(controls)} controls.", file=sys.stderr)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):
-        projection = fit_projection(base, sidecar, controls, fitting, args.seed)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    projection.save(args.output_dir)
-    return projection
+        return fit_projection(base, sidecar, controls, fitting, args.seed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,8 +43,8 @@ def fit_projection(base: Base, config: DecoderConfig, controls: tuple[Control, .
         for message in rng.sample(messages, how.messages):
             rendered = render(base.tokenizer, control_chat(control, "system", message))
             span = resolve_span("turn:-1", rendered)
-            alone, places = reference(base.tokenizer, rendered, span)
-            readings.append((rendered.ids, span, alone.ids, places, which))
+            found = reference(base.tokenizer, rendered, span)
+            readings.append((rendered.ids, [span[n] for n in found.which], found.rendered.ids, found.places, which))
     if sum(len(span) for _, span, *_ in readings) <= base.hidden_size:
         raise LqaError(f"{len(controls)} controls are too few to fit a projection of width {base.hidden_size}.")
     wanted = _write_layer_means(base, config, controls)
@@ -53,10 +53,10 @@ def fit_projection(base: Base, config: DecoderConfig, controls: tuple[Control, .
     sums = {k: [torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), 0]
             for k in config.read_layers}  # fmt: skip
     for part in _by_length(readings, lambda r: len(r[0])):
-        acts = _capture(base, [ids for r in part for ids in (r[0], r[2])], config.read_layers)
+        acts, others = (_capture(base, [r[i] for r in part], config.read_layers) for i in (0, 2))  # apart: references are short
         for k, (first, second, cross, _) in sums.items():
             for i, (_, span, _, places, which) in enumerate(part):
-                x = (acts[k][2 * i, span] - acts[k][2 * i + 1, places]).double()
+                x = (acts[k][i, span] - others[k][i, places]).double()
                 first += x.sum(0)
                 second += x.T @ x
                 cross += x.sum(0).outer(wanted[which] - centre)

@@ -20,6 +20,7 @@ from lqa.activations import capture, gather_spans
 from lqa.conditioning import PROJECTION, Projection, condition
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
+from lqa.hub import CARDS
 from lqa.injection import Injection
 from lqa.models import Base
 from train.collator import IGNORE, LatentQACollator, block_mask
@@ -51,6 +52,8 @@ class LatentQATrainer(SFTTrainer):
     ):
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise LqaError(f"hub_strategy {args.hub_strategy.value!r} would publish optimizer states, which are pickles; use every_save.")
+        if not (CARDS / "decoder.md").is_file():  # found out now, not when the first checkpoint is due
+            raise LqaError(f"The card templates are not at {CARDS}; train from a clone of lqa's repository.")
         self.base, self.decoder_config, self.projection = base, config, projection
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -106,7 +109,7 @@ class LatentQATrainer(SFTTrainer):
         config = self.decoder_config
         how = (config.conditioning, config.conditioning_constant, self.projection)
         rows = [
-            condition(rows[i], None if other is None else rows[other], inputs["read_layers"][i][0], *how)
+            condition(rows[i], other and rows[other[0]], other and other[1], inputs["read_layers"][i][0], *how)
             for i, other in enumerate(inputs["read_references"])
         ]
         if "cache_paths" in inputs:
@@ -157,7 +160,7 @@ class LatentQATrainer(SFTTrainer):
         return replace(self.decoder_config, training=training)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter in safetensors with its sidecar and card; none of the generic files, and no pickle."""
+        """The adapter in safetensors with projection, sidecar and our card; no pickle."""
         super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
@@ -202,4 +205,4 @@ class LatentQATrainer(SFTTrainer):
             folder = Path(folder or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.current_config().save(folder)
-            write_decoder_card(folder)
+            write_decoder_card(folder, self.hub_model_id, name=Path(self.args.output_dir).name)

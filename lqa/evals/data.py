@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
-from lqa.corpus import load_controls
+from lqa.corpus import load_controls, revision
 from lqa.errors import LqaError
 from lqa.evals.identify import QUESTIONS, Item
 
 LATENTQA_HOME = "https://github.com/aypan17/latentqa (folder data/eval)"
 
 
-def corpus_items(split: str = "test") -> list[Item]:
-    """The authored controls of a split, each with its first stimulus as its own message."""
-    return [Item(c.id, c.kind, c.control, c.stimuli[0], c.descriptions[0]) for c in load_controls(split)]
+def corpus_items(split: str = "test") -> tuple[list[Item], dict]:
+    """The authored controls of a split, each with its first stimulus as its own message; and what they are: name, sha256."""
+    items = [Item(c.id, c.kind, c.control, c.stimuli[0], c.descriptions[0]) for c in load_controls(split)]
+    return items, {"name": f"own {split} split", "sha256": revision()}
 
 
-def latentqa_items(folder: str | Path) -> list[Item]:
-    """The system items of LatentQA's evaluation labels that have QA: from `folder`, or its latentqa/eval_dev or latentqa.
+def latentqa_items(folder: str | Path) -> tuple[list[Item], dict]:
+    """The system items of LatentQA's evaluation labels that have QA, and what they are: name, sha256 of the two files.
+
+    They are looked for in `folder`, its latentqa/eval_dev, and its latentqa.
 
     Raises LqaError that names the data's public home.
     """
@@ -27,6 +31,7 @@ def latentqa_items(folder: str | Path) -> list[Item]:
             break
     else:
         raise LqaError(f"{folder} holds no system.json and qa.json of LatentQA; get them from {LATENTQA_HOME}.")
+    digest = hashlib.sha256(b"".join((place / name).read_bytes() for name in ("system.json", "qa.json"))).hexdigest()
     try:
         qa = json.loads((place / "qa.json").read_text(encoding="utf-8"))
         items = [
@@ -39,4 +44,4 @@ def latentqa_items(folder: str | Path) -> list[Item]:
     items = [item for item in items if item.kind in QUESTIONS]
     if not items:
         raise LqaError(f"{place} holds no item with a question; get the data from {LATENTQA_HOME}.")
-    return items
+    return items, {"name": "LatentQA evaluation labels, system items", "sha256": digest}

@@ -34,10 +34,12 @@ def run(suites: Sequence[str], out: str | Path, *, folder: str | None, decoder_s
         raise LqaError(f"The suite {unknown[0]!r} is unknown; the suites are {', '.join(SUITES)}.")
     if limit is not None and limit < 1:
         raise LqaError(f"--limit must be at least 1, not {limit}.")
-    items = data.latentqa_items(folder) if folder else data.corpus_items()
+    items, source = data.latentqa_items(folder) if folder else data.corpus_items()
     if limit is not None:
         items = random.Random(0).sample(items, min(limit, len(items)))
     decoder = LatentDecoder.from_pretrained(decoder_source)
+    given = {"--data": folder and "DATA", "--decoder": decoder_source and Path(decoder_source).name, "--limit": limit, "--out": "OUT"}
+    command = " ".join(["python -m lqa eval", *suites, *(f"{flag} {value}" for flag, value in given.items() if value)])
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -47,11 +49,12 @@ def run(suites: Sequence[str], out: str | Path, *, folder: str | None, decoder_s
             "provenance": {
                 "base": decoder.config.base,
                 "decoder": {"source": Path(decoder.name).name, "training": decoder.config.training},
-                "data": "LatentQA evaluation labels, system items" if folder else "own test split",
+                "data": source["name"],
+                "sha256": source["sha256"],
                 "items": len(items),
                 "corpus_revision": corpus.revision(),
                 "code": code_version(),
-                "command": "python -m lqa eval " + " ".join([*suites, *(["--data", "DATA"] if folder else [])]),
+                "command": command,
             },
             **{name: identify(decoder, items, message=message) for name, message in (("fixed", FIXED_MESSAGE), ("own", None))},
         }
@@ -75,16 +78,20 @@ def report(results: dict[str, dict]) -> str:
                 interval = f"{numbers['low']:.1%} to {numbers['high']:.1%}"
                 lines.append(f"| {ROWS[row]} | {numbers['accuracy']:.1%} | {interval} | {numbers['n']} |")
             lines.append("")
+        left = ", ".join(f"{n} of kind {kind}" for kind, n in result["fixed"]["left_out"].items())
+        lines += [f"Left out, being fewer than {result['fixed']['m']}: {left}.", ""] if left else []
         lines += [f"{about['items']} items ({about['data']}); code {about['code']}; `{about['command']}`, {about['seconds']} s.", ""]
     return "\n".join(lines)
 
 
 def print_report(folders: Sequence[str]) -> None:
-    """Prints the tables of results folders, one after the other."""
+    """Prints the tables of results folders, one after the other.  Raises LqaError for a folder without (readable) results."""
     for folder in folders:
-        found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
-        if not found:
-            raise LqaError(f"{folder} holds no results (no *.json); run `python -m lqa eval SUITE --out {folder}` first.")
-        print(f"# {folder}\n\n{report(found)}", file=sys.stdout)
-
-
+        try:
+            paths = [path for suite in SUITES if (path := Path(folder, f"{suite}.json")).is_file()]
+            text = report({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths})
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise LqaError(f"The results in {folder} cannot be read ({type(error).__name__}: {error}); evaluate again.") from error
+        if not paths:
+            raise LqaError(f"{folder} holds no results of a suite; run `python -m lqa eval SUITE --out {folder}` first.")
+        print(f"# {folder}\n\n{text}", file=sys.stdout)
