@@ -1,4 +1,4 @@
-"""The command line: `python -m lqa ask | score | chat | eval | bench`.  Bad input: one sentence on stderr, exit code 2."""
+"""The command line: `python -m lqa ask | score | chat | eval | data | bench`.  Bad input: one sentence on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -105,6 +105,67 @@ def bench(options) -> None:
     _print(result) if options.json else print(benchmarks.format_bench(result))
 
 
+def _needs_train(run):
+    """`run`, with a sentence for people where the packages of the extra `train` are missing."""
+
+    def checked(options) -> None:
+        try:
+            run(options)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] == "lqa":
+                raise
+            raise LqaError(f"This command needs the package {error.name}; run `pip install 'lqa[train]'`.") from error
+
+    return checked
+
+
+@_needs_train
+def data_build(options) -> None:
+    from lqa.corpus.build import build
+
+    configs = build(options.out, extra=options.controls, against=options.against, base=options.base, seed=options.seed)
+    sizes = {config: {name: len(rows) for name, rows in splits.items()} for config, splits in configs.items()}
+    _print({"out": options.out, "rows": sizes}) if options.json else print(f"{options.out}: {sizes}")
+
+
+@_needs_train
+def data_complete(options) -> None:
+    from lqa.corpus.completions import complete
+    from lqa.models import load_base
+
+    names = ("draws", "limit", "temperature", "top_p", "max_new_tokens", "seed")
+    kept = complete(load_base(options.base), options.out, **{name: getattr(options, name) for name in names})
+    _print({"out": options.out, "replies": kept}) if options.json else print(f"{options.out}: {kept} replies")
+
+
+@_needs_train
+def data_import(options) -> None:
+    from lqa.corpus.latentqa import import_latentqa
+
+    sizes = {name: len(rows) for name, rows in import_latentqa(options.folder, options.out).items()}
+    _print({"out": options.out, "rows": {"latentqa": sizes}}) if options.json else print(f"{options.out}: {sizes}")
+
+
+@_needs_train
+def data_stats(options) -> None:
+    from lqa.corpus.checks import contamination
+    from lqa.corpus.stats import load_readings, sample, statistics, table
+
+    splits = load_readings(options.folder)
+    if options.sample is not None:
+        return print(sample(splits, options.sample, options.seed))
+    columns, close = {options.folder: statistics(splits)}, None
+    if options.against is not None:
+        other = load_readings(options.against)
+        columns[options.against] = statistics(other)
+        close = contamination(*([row for part in side.values() for row in part] for side in (splits, other)))
+    if options.json:
+        return _print({"statistics": columns, "close": close})
+    print(table(columns))
+    if close is not None:
+        print("\n".join(["", f"Items close to one of {options.against}, by wording or meaning: {len(close)}", *close]))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m lqa", description="Read a language model's activations in natural language.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -147,6 +208,43 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="DIR", help="outside evaluation data (default: the corpus's own test split)")
     sub.add_argument("--limit", type=int, metavar="N", help="use at most N items, drawn with a fixed seed")
     sub.add_argument("--out", metavar="DIR", help="where to write the results")
+
+    data = commands.add_parser("data", help="Make, import, check and publish the QA corpus.", description="The QA corpus.")
+    parts = data.add_subparsers(dest="part", required=True, metavar="PART")
+
+    def part(name: str, run, text: str, seed: str | None = None) -> argparse.ArgumentParser:
+        sub = parts.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+        if seed:
+            sub.add_argument("--seed", type=int, default=0, metavar="N", help=f"{seed} (default: 0)")
+        return sub
+
+    sub = part("build", data_build, "Check the corpus and write it as a dataset.", "draws messages and questions")
+    sub.add_argument("--out", default="dataset", metavar="DIR", help="the dataset's folder (default: dataset)")
+    sub.add_argument(
+        "--controls", nargs="+", default=[], metavar="FILE.yaml", help="further controls, in the schema of lqa/corpus/controls"
+    )
+    sub.add_argument("--against", metavar="DIR", help="fail if an item is close to one of this corpus")
+    sub.add_argument("--base", metavar="PATH|HUB_ID", help="the model whose tokens `context` is counted in (default: the embedded one)")
+
+    sub = part("complete", data_complete, "Sample the target's own replies under every control.", "of the sampling")
+    sub.add_argument("--out", required=True, metavar="FILE.jsonl", help="the replies; a file that is there is gone on with")
+    sub.add_argument("--base", metavar="PATH|HUB_ID", help="the model that replies (default: the embedded one)")
+    sub.add_argument("--draws", type=int, default=2, metavar="N", help="replies to each control (default: 2)")
+    sub.add_argument("--limit", type=int, metavar="N", help="take only N controls, drawn with the seed")
+    sub.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: 0.8)")
+    sub.add_argument("--top-p", type=float, default=0.95, metavar="X", help="nucleus of the sampling (default: 0.95)")
+    sub.add_argument("--max-new-tokens", type=int, default=96, metavar="N", help="longest reply in tokens (default: 96)")
+
+    sub = part("import-latentqa", data_import, "Turn LatentQA's JSON files into this corpus's schema.")
+    sub.add_argument("folder", metavar="DIR", help="their folder, or one that holds such folders (train, eval)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="the dataset's folder")
+
+    sub = part("stats", data_stats, "Print a corpus's figures, or a random draw of its items.", "of --sample")
+    sub.add_argument("folder", nargs="?", default="dataset", metavar="DIR", help="a dataset, or LatentQA's JSON files (default: dataset)")
+    sub.add_argument("--against", metavar="DIR", help="another corpus: its figures beside, and items of the first that are close to it")
+    sub.add_argument("--sample", type=int, metavar="N", help="print N random readings instead")
 
     sub = command("bench", bench, "Measure speed against named alternatives in the same run.")
     sub.add_argument("name", choices=["read", "train"])

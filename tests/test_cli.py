@@ -78,6 +78,9 @@ def test_plain_output_shows_the_same(capsys, tiny_default):
         (["eval", "identify", "--out", "x", "--limit", "0"], "at least 1"),
         (["eval", "identify", "--out", "x", "--data", "not-there"], "github.com/aypan17/latentqa"),
         (["eval", "report"], "results folder"),
+        (["data", "stats", "not-there"], "holds no corpus"),
+        (["data", "import-latentqa", "not-there", "--out", "x"], "github.com/aypan17/latentqa"),
+        (["data", "build", "--controls", "not-there.yaml", "--out", "x"], "not-there.yaml"),
         (["eval", "report", "not-there"], "holds no results"),
     ],
 )

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from lqa.corpus import Control, load_messages, load_questions
+from lqa.corpus.readings import control_chat
 
-FORMS = ("system", "stimulus", "control")  # the paper's read forms
+FORMS = ("system", "stimulus", "control")  # the read forms that training mixes
 
 
 @dataclass
@@ -32,19 +33,6 @@ class MixtureConfig:
 
 def _pick(rng: random.Random, shares: dict[str, float]) -> str:
     return rng.choices(list(shares), list(shares.values()))[0]
-
-
-def control_chat(control: Control, form: str, message: str) -> list[dict[str, str]]:
-    """The target's chat in one of the paper's read forms (Pan et al. 2024, section 3); `message` is unused by "control"."""
-    user = {"role": "user", "content": message}
-    if form == "control":
-        return [{"role": "user", "content": control.control}]
-    if form == "system":
-        return [{"role": "system", "content": control.control}, user]
-    if form == "stimulus":
-        acknowledged = {"role": "assistant", "content": control.acknowledgement}
-        return [{"role": "user", "content": control.control}, acknowledged, user]
-    raise ValueError(f"unknown form {form!r}; use {', '.join(FORMS)}")
 
 
 def question_pairs(control: Control, n: int, specific: float, rng: random.Random) -> list[dict[str, str]]:
