@@ -1,4 +1,4 @@
-"""The command line: `python -m lqa ask | score | chat | eval | bench`.  Bad input: one sentence on stderr, exit code 2."""
+"""The command line: `python -m lqa ask | score | chat | eval | data | bench`.  Bad input: one sentence on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from lqa.corpus import generate
 from lqa.errors import LqaError
 
 
@@ -147,6 +148,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="DIR", help="outside evaluation data (default: the corpus's own test split)")
     sub.add_argument("--limit", type=int, metavar="N", help="use at most N items, drawn with a fixed seed")
     sub.add_argument("--out", metavar="DIR", help="where to write the results")
+
+    data = commands.add_parser("data", help="Make the QA corpus.", description="Make the QA corpus.")
+    parts = data.add_subparsers(dest="part", required=True, metavar="PART")
+    text = "Write new controls with a model behind an OpenAI-compatible endpoint."
+    sub = parts.add_parser("generate", help=text, description=text)
+    generate.add_arguments(sub)
+    sub.set_defaults(run=generate.run)
 
     sub = command("bench", bench, "Measure speed against named alternatives in the same run.")
     sub.add_argument("name", choices=["read", "train"])
