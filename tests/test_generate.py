@@ -763,6 +763,7 @@ def test_the_prompts_can_be_filled_and_name_what_the_readers_want():
     for name in ("control", "acknowledgement", "stimuli", "descriptions", "short"):
         assert f'"{name}"' in prompts["expand"]
     assert all(f'"{name}"' in prompts["judge"] for name in (*generate.VERDICTS, "reason"))
+    assert all(set(kind) == {"meaning", "says"} for kind in prompts["kinds"].values())
 
 
 # --- the embedded model -----------------------------------------------------------------------------------------

@@ -249,7 +249,8 @@ class Generator:
         neighbours = _listed(f"{other.id}: {other.text}" for other in others)
         drawn = [asdict(control) for control in self._draw(f"{kind}-{category}", idea.id, 2)]
         examples = _listed(_shown(entry, "id", "qa", "contrast") for entry in drawn)
-        about = {"id": idea.id, "kind": kind, "meaning": _prompts()[0]["kinds"][kind], "idea": idea.text, "neighbours": neighbours}
+        about = {"id": idea.id, "kind": kind, **_prompts()[0]["kinds"][kind], "idea": idea.text, "neighbours": neighbours}
+        questions = _listed(pair["question"] for entry in drawn for pair in entry["qa"])
         contrast, remark = [other.id for other in others], ""
         for number in range(1, ROUNDS + 1):
             name = f"{idea.id}/{number}"
@@ -258,7 +259,8 @@ class Generator:
             if entry is None:
                 break
             facts = _prompts()[0]["scenario"] if kind == "scenario" else ""
-            prompt = _fill("probe", entry=_shown(entry, "qa", "contrast"), neighbours=neighbours, scenario=facts)
+            shown = _shown(entry, "qa", "contrast")
+            prompt = _fill("probe", entry=shown, neighbours=neighbours, examples=questions, scenario=facts)
             entry = await self._ask("probe", name, prompt, partial(read_probe, entry=entry))
             if entry is None:
                 break
@@ -292,8 +294,8 @@ class Generator:
                     about = f"{name}/{number}"
                     examples = _listed(f"{c.id.split('-', 2)[2]}: {c.descriptions[0]}" for c in self._draw(name, about, 6))
                     listed = _listed([", ".join(taken[-TAKEN:])] if taken else [])
-                    meaning = _prompts()[0]["kinds"][kind]
-                    prompt = _fill("seed", kind=kind, meaning=meaning, category=name, examples=examples, taken=listed)
+                    about_kind = _prompts()[0]["kinds"][kind]
+                    prompt = _fill("seed", kind=kind, category=name, examples=examples, taken=listed, **about_kind)
                     ideas = await self._ask("seed", about, prompt, partial(read_seed, category=name, taken=tuple(taken)))
                     if ideas is not None:
                         taken += [idea.id.split("-", 2)[2] for idea in ideas]
