@@ -175,7 +175,8 @@ class Endpoint:
             raise _Passing("broken", f"the body is not a chat completion: {_line(response.text, 80)!r}") from error
         usage = document.get("usage")
         finish = "refusal" if refusal else str(choice.get("finish_reason") or "stop")
-        return text or str(refusal or ""), finish, str(document.get("model") or body["model"]), usage if isinstance(usage, dict) else {}
+        text = (text or str(refusal or "")).encode(errors="replace").decode()  # JSON may hold half a surrogate pair, which no file takes
+        return text, finish, str(document.get("model") or body["model"]), usage if isinstance(usage, dict) else {}
 
     def _refuse(self, status: int, response) -> tuple[str, str, str, dict]:
         code, message = _error(response)

@@ -81,6 +81,11 @@ def write(prompt: str) -> str:
     return json.dumps({**verdict, "reason": "Say more of the town." if wrong else "Fine."})
 
 
+def asked(body: dict) -> str:
+    """The prompt in a request, without the preface."""
+    return body["messages"][0]["content"].split("\n\n", 1)[1]
+
+
 class Author(ThreadingHTTPServer):
     """An OpenAI-compatible server.  `twist(body, tries)` may return (status, headers, bytes) or an action name in place of the good reply;
     `tries` is how often this very body came before.  `log` has [body, sent a whole reply?] in the order of arrival."""
@@ -149,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"choices": [')
             self.close_connection = True
             return
-        status, headers, data = answer or (200, {}, completion(write(body["messages"][1]["content"])))
+        status, headers, data = answer or (200, {}, completion(write(asked(body))))
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
@@ -263,7 +268,7 @@ def test_a_run_writes_controls_that_keep_the_corpus_s_rules_and_says_where_they_
 
 def test_rejected_versions_are_written_again_with_the_judge_s_reason(reference):
     data, provenance, answered = reference
-    prompts = [json.loads(body)["messages"][1]["content"] for body in answered]
+    prompts = [asked(json.loads(body)) for body in answered]
     second = [p for p in prompts if p.startswith("Write out") and "rejected, for this reason: not specific: Say more of the town." in p]
     entries = yaml.safe_load(data)
     improved = [e for e in entries if "improved" in e["control"]]
@@ -296,7 +301,7 @@ def test_the_authored_corpus_serves_as_seeds_and_its_ids_are_taken(author, tmp_p
     server = author()
     assert main(argv(server, tmp_path, None, "--controls", "4", "--category", "persona-job")) == 0
     authored = [c for c in load_controls() if c.id.startswith("persona-job-")]
-    invent = json.loads(server.answered[0])["messages"][1]["content"]
+    invent = asked(json.loads(server.answered[0]))
     taken = invent[invent.index("Taken;") :]
     assert all(c.id.removeprefix("persona-job-") in taken for c in authored[-generate.TAKEN :])
     assert sum(c.descriptions[0] in invent for c in authored) == 6
@@ -334,7 +339,7 @@ def test_whatever_passes_is_retried_and_the_set_is_the_same(capsys, author, seed
 
 
 def test_a_silent_endpoint_is_asked_again(capsys, author, seeds, tmp_path):
-    server = author(lambda body, tries: "silence" if body["messages"][1]["content"].startswith("Invent") and not tries else None)
+    server = author(lambda body, tries: "silence" if asked(body).startswith("Invent") and not tries else None)
     out = run(capsys, server, tmp_path, seeds, "--controls", "4", "--timeout", "3")
     assert out["failures"] == {"timeout": 1} and out["controls"] >= 3
 
@@ -379,16 +384,16 @@ def test_replies_that_cannot_be_used_are_counted_and_redone(capsys, author, seed
             (json.dumps(leaky), "leaking", "stop", {}),
             ("I'm sorry, but I can\u2019t help with that.", "refused", "stop", {}),
             ("", "refused", "stop", {"refusal": "No."}),
-            ("Sure! Here it is:", "malformed", "stop", {}),
+            ("Sure \ud83d! Here it is:", "malformed", "stop", {}),
             (write(prompt)[:-30], "malformed", "length", {}),
-            (json.dumps({**reply, "remark": "?"}), "malformed", "stop", {}),
+            (json.dumps({**reply, "remark": "\ud83d"}), "malformed", "stop", {}),
             ("```json\n" + write(prompt) + "\n```", None, "stop", {}),
             ("<think>{not this}</think> Here: " + write(prompt), None, "stop", {}),
         ][which]
 
     def twist(body, tries):
-        prompt = body["messages"][1]["content"]
-        if len(body["messages"]) > 2 or tries:
+        prompt = asked(body)
+        if len(body["messages"]) > 1 or tries:
             good[prompt] = len(body["messages"])
             return None
         reply, fault, finish, message = text(prompt, chance(prompt) % 8)
@@ -403,7 +408,7 @@ def test_replies_that_cannot_be_used_are_counted_and_redone(capsys, author, seed
     assert {name for _, name in bad} == set(generate.FAULTS)
     assert {(s, name): n for s, counts in out["replies"].items() for name, n in counts.items() if n and name != "accepted"} == dict(bad)
     assert sum(n for counts in out["replies"].values() for n in counts.values()) == out["calls"] == len(journalled(tmp_path))
-    assert set(good.values()) == {2, 4}  # asked afresh after a refusal, else with the bad reply and what was wrong with it
+    assert set(good.values()) == {1, 3}  # asked afresh after a refusal, else with the bad reply and what was wrong with it
     assert check(read_controls([tmp_path / "controls.yaml"])) == [] and out["controls"] >= 36
 
 
@@ -411,7 +416,7 @@ def test_a_control_is_given_up_after_the_attempts_and_its_set_replaced_if_too_fe
     lost = []
 
     def twist(body, tries):
-        prompt = body["messages"][1]["content"]
+        prompt = asked(body)
         if prompt.startswith("Invent") and not lost:
             lost.extend(f"goal-towns-{c['detail']}" for c in json.loads(write(prompt))["controls"][:2])
         if any(prompt.startswith(f"Write out the control {i}.") for i in lost):
@@ -692,6 +697,7 @@ PARTNERS = ["goal-towns-y", "goal-towns-z"]
         (lambda: read_reply("Here: {broken", "stop"), "malformed", "no complete JSON"),
         (lambda: read_reply('{"controls": [1, 2', "length"), "malformed", "cut off"),
         (lambda: read_reply("[1, 2]", "stop"), "malformed", "no complete JSON"),
+        (lambda: read_reply('{"a": "\\ud83d"}', "stop"), "malformed", "no complete JSON"),
         (lambda: read_reply("{}", "content_filter"), "refused", "refused"),
         (lambda: read_reply("As an AI, I must decline.", "stop"), "refused", "refused"),
         (lambda: read_seed({"ideas": []}, "goal-towns", []), "malformed", "exactly the keys controls, not ideas"),
@@ -785,7 +791,7 @@ def test_the_embedded_model_behind_transformers_serve(capsys, seeds, tmp_path):
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while True:
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()

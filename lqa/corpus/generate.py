@@ -85,7 +85,9 @@ def read_reply(text: str, finish: str) -> dict:
     decoder = json.JSONDecoder(strict=False)  # models put line breaks into strings
     for start in re.finditer(r"\{", body):
         with contextlib.suppress(ValueError, RecursionError):
-            return decoder.raw_decode(body, start.start())[0]
+            value = decoder.raw_decode(body, start.start())[0]
+            json.dumps(value, ensure_ascii=False).encode()  # a ValueError for half of a surrogate pair, which no file takes
+            return value
     if _REFUSAL.search(body.replace("\u2019", "'")[:300]):
         raise Fault("refused", "the request was refused")
     raise Fault("malformed", "it holds no complete JSON object" + (" and was cut off; be briefer." if finish == "length" else "."))
@@ -221,7 +223,7 @@ class Generator:
 
     async def _ask(self, step: str, about: str, prompt: str, read: Callable[[dict], object]):
         """What `read` makes of the first reply that it accepts; None after as many attempts as the settings allow."""
-        asked = [{"role": "system", "content": _prompts()[0]["system"]}, {"role": "user", "content": prompt}]
+        asked = [{"role": "user", "content": f"{_prompts()[0]['preface']}\n\n{prompt}"}]  # not every model's template has a system role
         messages = asked
         for attempt in range(1, self.settings.attempts + 1):
             record = await self._call(step, about, attempt, messages)
