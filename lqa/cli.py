@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from lqa.corpus import generate
 from lqa.errors import LqaError
 
 
@@ -245,6 +246,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", nargs="?", default="dataset", metavar="DIR", help="a dataset, or LatentQA's JSON files (default: dataset)")
     sub.add_argument("--against", metavar="DIR", help="another corpus: its figures beside, and items of the first that are close to it")
     sub.add_argument("--sample", type=int, metavar="N", help="print N random readings instead")
+
+    text = "Write new controls with a model behind an OpenAI-compatible endpoint."
+    sub = parts.add_parser("generate", help=text, description=text)
+    generate.add_arguments(sub)
+    sub.set_defaults(run=generate.run)
 
     sub = command("bench", bench, "Measure speed against named alternatives in the same run.")
     sub.add_argument("name", choices=["read", "train"])
