@@ -78,7 +78,7 @@ def test_reference_is_the_visible_turns_alone(tokenizer_of, style, chat, visible
     assert places[-1] == len(alone) - 1
     # Where a template joins the system prompt and the user's turn, the first tokens differ from those of the turn alone.
     left = [i for n, i in enumerate(indices) if n not in which]
-    assert left == indices[: len(left)] and len(left) <= (2 if chat is SYSTEM and style in ("gemma", "mistral") else 0)
+    assert left == indices[: len(left)] and len(left) <= (3 if chat is SYSTEM and style in ("gemma", "mistral") else 0)
 
 
 def test_only_what_comes_after_a_hidden_turn_has_a_reference(tokenizer_of):
