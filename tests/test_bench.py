@@ -156,6 +156,7 @@ def test_train_measures_every_schedule_in_its_own_process(config):
         assert entry["examples_per_second"] == pytest.approx(1 / per_example[name])
     assert result["ours"]["ratio"] == 1
     assert result["paper"]["ratio"] == pytest.approx(per_example["paper"] / per_example["packed"])
+    assert result["paper"]["unpacked_ratio"] == pytest.approx(per_example["paper"] / per_example["ours"])
     assert result["packed"]["ratio"] == pytest.approx(per_example["ours"] / per_example["packed"])
     assert result["sft"]["ratio"] == pytest.approx(per_example["ours"] / per_example["sft"])
     assert result["sft"]["memory_ratio"] == pytest.approx(result["ours"]["peak_mb"] / result["sft"]["peak_mb"])

@@ -621,13 +621,19 @@ def test_other_settings_are_refused_in_the_same_folder(capsys, author, seeds, tm
 # --- the disk ---------------------------------------------------------------------------------------------------
 
 
+def small_disk(folder: Path, size: int) -> str:
+    """The command that puts a file system of `size` bytes on `folder`, for a shell with its own mounts; the test is skipped without that."""
+    folder.mkdir()
+    mount = f"mount -t tmpfs -o size={size} tmpfs {folder}"
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine does not let a test mount a file system")
+    return mount
+
+
 def test_a_full_disk_loses_no_paid_call(author, seeds, tmp_path, reference):
     """On a small file system of its own: what is under way when the disk is full goes into the reserve, and the run goes on elsewhere."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size={RESERVE * 4 + 40 * 1024} tmpfs {disk}"
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this machine does not let a test mount a file system")
+    mount = small_disk(disk, RESERVE * 4 + 40 * 1024)
     server = author()
     command = " ".join(f"'{w}'" for w in [sys.executable, "-m", "lqa", *argv(server, disk, seeds)])
     script = f"{mount} && {command}; code=$?; cp -r {disk} {kept}; exit $code"
@@ -641,10 +647,7 @@ def test_a_full_disk_loses_no_paid_call(author, seeds, tmp_path, reference):
 
 def test_a_disk_that_is_full_from_the_start_costs_nothing(author, seeds, tmp_path):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size={RESERVE} tmpfs {disk}"
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this machine does not let a test mount a file system")
+    mount = small_disk(disk, RESERVE)
     server = author()
     command = " ".join(f"'{w}'" for w in [sys.executable, "-m", "lqa", *argv(server, disk, seeds)])
     done = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} && {command}"], capture_output=True, text=True)

@@ -23,6 +23,7 @@ from lqa.corpus import load_questions
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
 from lqa.evals.statistics import bootstrap
+from lqa.grounding import text_only_scores
 
 # The committed choices of this suite.
 FIXED_MESSAGE = "Hello! Can you help me plan my weekend?"
@@ -90,7 +91,7 @@ def make_draws(items: Sequence[Item], m: int, seed: int) -> list[tuple[list[Item
 
 
 def score_draw(decoder: LatentDecoder, draw: Sequence[Item], counted: int, message: str | None, layer: int | None) -> dict[str, Draw]:
-    """{"ours", "none", "shuffled"}: the draw's score matrices.  `message` None: each control's own.
+    """{"ours", "none", "shuffled"}: the draw's score matrices.  `message` None: each control's own, and "text_only" besides.
 
     `shuffled`: the next reading of the draw stands in for the right one, so that its hits are those of a stranger's activations.
     """
@@ -104,21 +105,14 @@ def score_draw(decoder: LatentDecoder, draw: Sequence[Item], counted: int, messa
     none = tuple(unpatched[len(reading.span)] for reading in readings)
     labels = tuple(item.label for item in draw)
     rows = {"ours": ours, "none": none, "shuffled": ours[1:] + ours[:1]}
+    if message is None:  # the visible text differs only then
+        rows["text_only"] = tuple(tuple(text_only_scores(reading, question, answers)) for reading in readings)
     return {name: Draw(labels, scores, counted) for name, scores in rows.items()}
 
 
 def _read(decoder: LatentDecoder, item: Item, message: str | None, layer: int | None) -> Reading:
     user = message if message is not None else item.message
     return decoder.read([{"role": "system", "content": item.system}, {"role": "user", "content": user}], SPAN, layer)
-
-
-def text_only_draw(decoder: LatentDecoder, draw: Sequence[Item], counted: int, layer: int | None) -> Draw:
-    """The bare model's scores from each control's own message as text."""
-    from lqa.grounding import text_only_scores
-
-    question, answers = QUESTIONS[draw[0].kind], [item.answer for item in draw]
-    rows = [tuple(text_only_scores(_read(decoder, item, None, layer), question, answers)) for item in draw]
-    return Draw(tuple(item.label for item in draw), tuple(rows), counted)
 
 
 def identify(
@@ -135,10 +129,7 @@ def identify(
     draws = make_draws(items, m, seed)
     results: dict[str, list[Draw]] = {}
     for n, (draw, counted) in enumerate(draws, start=1):
-        scored = score_draw(decoder, draw, counted, message, layer)
-        if message is None:
-            scored["text_only"] = text_only_draw(decoder, draw, counted, layer)
-        for name, result in scored.items():
+        for name, result in score_draw(decoder, draw, counted, message, layer).items():
             results.setdefault(name, []).append(result)
         progress(f"identify ({'own' if message is None else 'fixed'} message): draw {n} of {len(draws)}")
     table = {}
