@@ -1,7 +1,7 @@
 """Conditioning: what is done to activations before they are injected.
 
-A hidden turn changes the activations of later tokens by about a tenth of their norm; the rest is the visible text.  The reference h0 is
-the same visible turns without the hidden context, so that the difference is what the hidden context alone has done.
+A hidden turn changes the activations of later tokens only a little; most of them is the visible text.  The reference h0 is the same
+visible turns without the hidden context, so that the difference is what the hidden context alone has done.
 
     raw        h
     contrast   h - h0

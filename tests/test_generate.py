@@ -622,7 +622,7 @@ def test_other_settings_are_refused_in_the_same_folder(capsys, author, seeds, tm
 
 
 def small_disk(folder: Path, size: int) -> str:
-    """The command that puts a file system of `size` bytes on `folder`, for a shell with its own mounts; the test is skipped without that."""
+    """The command that puts a file system of `size` bytes on `folder`, in a shell with mounts of its own; without that, a skip."""
     folder.mkdir()
     mount = f"mount -t tmpfs -o size={size} tmpfs {folder}"
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
