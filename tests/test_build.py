@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from lqa import LqaError, corpus
-from lqa.corpus import build, checks, completions, load_controls, load_messages, load_questions, split_of, stats
+from lqa.corpus import build, checks, completions, load_controls, load_messages, load_questions, message_side, split_of, stats
 from lqa.corpus.checks import near_duplicates, side_of
-from lqa.corpus.readings import FORMS, control_chat, message_side, pool_message, qa_pairs, readings_of
+from lqa.corpus.readings import FORMS, control_chat, pool_message, qa_pairs, readings_of
 from lqa.corpus.schema import MAX_SHARED_STIMULUS, content_words
 
 REPLY = "I would take the early train and keep the afternoon free. "
