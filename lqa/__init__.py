@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from lqa.errors import LqaError
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Base", "DecoderConfig", "Grounding", "LatentDecoder", "LqaError", "Reading", "Score", "load_base"]
+__all__ = ["Answer", "Base", "DecoderConfig", "Grounding", "LatentDecoder", "LqaError", "Reading", "Score", "TokenScore", "load_base"]
 
 if TYPE_CHECKING:
     from lqa.config import DecoderConfig
-    from lqa.decoder import Answer, Grounding, LatentDecoder, Reading, Score
+    from lqa.decoder import Answer, Grounding, LatentDecoder, Reading, Score, TokenScore
     from lqa.models import Base, load_base
 
 _HOMES = {"DecoderConfig": "lqa.config", "Base": "lqa.models", "load_base": "lqa.models"}

@@ -69,7 +69,10 @@ def check_chat(chat: Chat) -> Chat:
 
 
 def check_text(tokenizer, text: str, what: str) -> str:
-    """Returns `text`.  Raises LqaError if it holds a special token of the model, which would be read as one (an injected turn, say)."""
+    """Returns `text`.  Raises LqaError if it holds a special token of the model, which would be read as one (an injected turn, say), or
+    half a character (a lone surrogate), which no tokenizer takes."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise LqaError(f"{what} contains half a character (a lone UTF-16 surrogate); remove it.")
     if found := next((t for t in special_tokens(tokenizer) if t in text), None):
         raise LqaError(f"{what} contains the model's special token {found!r} as text; remove it or write it otherwise.")
     return text

@@ -6,10 +6,11 @@ It is a contract, checked at load against the live model and tokenizer.  No key 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from lqa.chat import _common_prefix, _header, _skeleton
+from lqa.chat import _closing, _common_prefix, _header, _skeleton
 from lqa.conditioning import check_conditioning
 from lqa.errors import LqaError
 from lqa.injection import Operation
@@ -45,12 +46,35 @@ class Prompt:
             slots += [False] * len(head) + [True] * n_slots + [False] * len(tail)
         return ids, slots
 
-    def question(self, tokenizer, question: str) -> list[int]:
-        return _ids(tokenizer, self.question_head + question.strip() + self.question_tail)
+    def question(self, tokenizer, question: str, after: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """A question; `after` are earlier ones about the same slots with their answers, oldest first, as turns in front of it."""
+        ids = []
+        for asked, answered in after:
+            ids += self.question(tokenizer, asked) + self.answer(tokenizer, answered) + _ids(tokenizer, self._reopening(tokenizer))
+        return ids + _ids(tokenizer, self.question_head + question.strip() + self.question_tail)
 
     def answer(self, tokenizer, answer: str) -> list[int]:
         """The answer with its end, as the decoder is trained to write it and `score` counts it."""
         return _ids(tokenizer, answer.strip() + self.end)
+
+    def answer_pieces(self, tokenizer, answer: str) -> list[str]:
+        """The piece of the answer's text that each of its tokens covers; what several tokens share is given to the last of them."""
+        answer = answer.strip()
+        spans = tokenizer(answer + self.end, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        pieces, shown = [], 0
+        for i, (start, end) in enumerate(spans):
+            if start >= len(answer):
+                break
+            end = min(end, len(answer))
+            shared = i + 1 < len(spans) and spans[i + 1][0] < end
+            pieces.append("" if shared else answer[shown:end])
+            shown = shown if shared else end
+        return pieces
+
+    def _reopening(self, tokenizer) -> str:
+        """What stands between an answer with its `end` and the next question: the template's opening of another user turn."""
+        between = _skeleton(tokenizer, [{"role": role, "content": ""} for role in ("user", "assistant", "user")], False)[2]
+        return between[_closing(tokenizer, between, self.end) :]
 
     def stop_ids(self, tokenizer) -> list[int]:
         ids = _ids(tokenizer, self.end)[:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from lqa.models import Base, load_base
 
 EMBEDDED_DECODER = Path(__file__).parent.parent / "decoders" / "smollm2-135m-instruct"
 MAX_NEW_TOKENS = 48
+
+Questions = str | Sequence[str]
+QA = Sequence[tuple[str, str]]  # questions with answers
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,25 @@ class Score:
     text: str
     logprob: float
     logprob_none: float
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """Log-probability (nats) of one token of an answer, with the activations and with unpatched slots; `text` is its piece of it."""
+
+    text: str
+    logprob: float
+    logprob_none: float
+
+
+def evidence(gains: Sequence[float]) -> list[float]:
+    """softmax of `gains`: log-probabilities (nats) less those of a reference."""
+    weights = [math.exp(gain - max(gains)) for gain in gains]
+    return [w / sum(weights) for w in weights]
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 class LatentDecoder:
@@ -127,11 +150,23 @@ class LatentDecoder:
         choose = engine.sampler(temperature, top_p, seed)
         yield from self._pieces(engine.decode(self.base.decoding, prefix, [engine.Row(0, suffixes[0])], max_new_tokens, stop, choose))
 
-    # --- shared with Reading -------------------------------------------------------------------------------------
+    # --- shared with Reading and scan -------------------------------------------------------------------------------------
 
     def session(self):
         """The model as decoder, for one forward pass."""
         return self.base.decoding(self.adapter)
+
+    def prefill_slots(self, layers: list[int], n_slots: int, activations: Tensor | None, count: int = 1) -> engine.Prefix:
+        """The decoder's pass over `count` prompts, their slots patched with `activations` (count * n_slots, D), or not at all."""
+        config = self.config
+        ids, slots = config.prompt.prefix(self.base.tokenizer, config.slot_token_id, n_slots, layers)
+        if activations is None:
+            with self.session() as model:
+                return engine.prefill(model, [ids] * count)
+        mask = torch.tensor([slots] * count, device=self.base.device)
+        with self.session() as model, Injection(self.base, config.write_layer, config.operation) as injection:
+            with injection.armed(mask, activations):
+                return engine.prefill(model, [ids] * count)
 
     def _render(self, chat: Chat) -> Rendered:
         rendered = render(self.base.tokenizer, chat)
@@ -162,6 +197,19 @@ class LatentDecoder:
             for row, token, probability in step:
                 ids[row].append(token)
                 probabilities[row].append(probability)
+        return self._texts(ids, probabilities)
+
+    def grow(self, steps: Iterator[list[engine.Step]], rows: int) -> Iterator[list[tuple[str, float]]]:
+        """`collect` after every step; the last is the whole."""
+        ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
+        for step in steps:
+            for row, token, probability in step:
+                ids[row].append(token)
+                probabilities[row].append(probability)
+            yield [(text.rstrip("\ufffd"), p) for text, p in self._texts(ids, probabilities)]
+        yield self._texts(ids, probabilities)
+
+    def _texts(self, ids: list[list[int]], probabilities: list[list[float]]) -> list[tuple[str, float]]:
         texts = self.base.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [(text.strip(), sum(p) / len(p) if p else 0.0) for text, p in zip(texts, probabilities, strict=True)]
 
@@ -206,65 +254,102 @@ class Reading:
         return hidden_turns(self.rendered, list(self.span))
 
     def ask(
-        self, questions: str | Sequence[str], *, grounding: bool = False, max_new_tokens: int = MAX_NEW_TOKENS
+        self, questions: Questions, *, grounding: bool = False, after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS
     ) -> list[Answer]:
         """Greedy answers to all questions, decoded as one batch; with `grounding`, each with its references.
 
+        after   earlier questions about this reading with their answers, oldest first; the decoder sees them, so that a question may
+                refer to them.  (It was trained on single questions.)
+
         Raises LqaError for an empty question or one that does not fit the context.
         """
-        questions = [questions] if isinstance(questions, str) else list(questions)
-        sources = ("true", "none", "shuffled") if grounding else ("true",)
-        answers = self._decode(questions, sources, max_new_tokens)
-        texts = [text for text, _ in answers]
-        n = len(questions)
-        references: list[Grounding | None] = [None] * n
-        if grounding:
-            from lqa.grounding import text_only
+        questions = _listed(questions)
+        answers = self._decode(questions, ("true",), max_new_tokens, after)
+        references = self.references(questions, after=after, max_new_tokens=max_new_tokens) if grounding else [None] * len(questions)
+        return [Answer(q, *a, g) for q, a, g in zip(questions, answers, references, strict=True)]
 
-            only = text_only(self, questions, max_new_tokens)
-            references = [Grounding(*r) for r in zip(texts[n : 2 * n], texts[2 * n :], only, strict=True)]
-        return [Answer(q, *a, g) for q, a, g in zip(questions, answers[:n], references, strict=True)]
+    def answers(self, questions: Questions, *, after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[list[Answer]]:
+        """`ask` as it goes: the answers so far, after every token; the last are the whole answers."""
+        questions = _listed(questions)
+        steps = self._steps(questions, ("true",), max_new_tokens, after)
+        for so_far in self.decoder.grow(steps, len(questions)):
+            yield [Answer(q, *a) for q, a in zip(questions, so_far, strict=True)]
 
-    def stream(self, question: str, *, source: str = "true", max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
+    def references(self, questions: Questions, *, after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS) -> list[Grounding]:
+        """What is answered to each question without these activations; `after` is told to the references too."""
+        from lqa.grounding import text_only
+
+        questions, n = _listed(questions), len(_listed(questions))
+        texts = [text for text, _ in self._decode(questions, ("none", "shuffled"), max_new_tokens, after)]
+        only = text_only(self, questions, max_new_tokens, after)
+        return [Grounding(*r) for r in zip(texts[:n], texts[n:], only, strict=True)]
+
+    def stream(self, question: str, *, source: str = "true", after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
         """The answer in pieces of text.  `source`: "true", or the references "none" and "shuffled"."""
-        rows = self._rows([question], (source,), max_new_tokens)
-        stop = self.decoder.config.prompt.stop_ids(self.decoder.base.tokenizer)
-        steps = engine.decode(self.decoder.session, self._prefix((source,)), rows, max_new_tokens, stop)
-        yield from self.decoder._pieces(steps)
+        yield from self.decoder._pieces(self._steps([question], (source,), max_new_tokens, after))
 
     def score(self, question: str, answers: Sequence[str]) -> list[Score]:
         """How probable each of `answers` is, with the activations and with unpatched slots.
 
         Raises LqaError for an empty question, no answers, or an empty one.
         """
-        answers = [answers] if isinstance(answers, str) else list(answers)
+        answers = _listed(answers)
         logprobs = [self.logprobs(question, answers, source) for source in ("true", "none")]
         return [Score(*row) for row in zip(answers, *logprobs, strict=True)]
 
     def logprobs(self, question: str, answers: Sequence[str], source: str = "true") -> list[float]:
         """Mean log-probability per token (nats) of each answer; `source` as in `stream`."""
-        if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise LqaError("Give at least one answer to score, and no empty one.")
-        tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
-        ids = [prompt.answer(tokenizer, check_text(tokenizer, a, "The answer")) for a in answers]
-        rows = self._rows([question], (source,), max(map(len, ids))) * len(answers)
-        return engine.score(self.decoder.session, self._prefix((source,)), rows, ids)
+        return [sum(tokens) / len(tokens) for tokens in self._token_logprobs([(question, a) for a in _listed(answers)], source)]
+
+    def probabilities(self, question: str, answers: Sequence[str]) -> list[float]:
+        """How probable each of `answers` is among them, by the activations: what they would be if, without activations, all of them were
+        equally probable.
+
+            softmax over a of  log p(a | activations) - log p(a | unpatched slots)          (sums over the answer's tokens)
+        """
+        pairs = [(question, a) for a in _listed(answers)]
+        true, none = (self._token_logprobs(pairs, source) for source in ("true", "none"))
+        return evidence([sum(t) - sum(n) for t, n in zip(true, none, strict=True)])
+
+    def token_scores(self, qa: QA, *, after: QA = ()) -> list[list[TokenScore]]:
+        """How probable every token of each answer is, with the activations and with unpatched slots; the answer's end is left out.
+
+        Raises LqaError for an empty question or answer.
+        """
+        qa = list(qa)
+        logprobs = [self._token_logprobs(qa, source, after) for source in ("true", "none")]
+        pieces = [self.decoder.config.prompt.answer_pieces(self.decoder.base.tokenizer, answer) for _, answer in qa]
+        return [[TokenScore(*t) for t in zip(p, *both, strict=False)] for p, *both in zip(pieces, *logprobs, strict=True)]
 
     # --- how -------------------------------------------------------------------------------------------------------
 
-    def _decode(self, questions: Sequence[str], sources: tuple[str, ...], max_new_tokens: int) -> list[tuple[str, float]]:
-        rows = self._rows(questions, sources, max_new_tokens)
-        stop = self.decoder.config.prompt.stop_ids(self.decoder.base.tokenizer)
-        return self.decoder.collect(engine.decode(self.decoder.session, self._prefix(sources), rows, max_new_tokens, stop), len(rows))
+    def _decode(self, questions: list[str], sources: tuple[str, ...], max_new_tokens: int, after: QA = ()) -> list[tuple[str, float]]:
+        return self.decoder.collect(self._steps(questions, sources, max_new_tokens, after), len(sources) * len(questions))
 
-    def _rows(self, questions: Sequence[str], sources: tuple[str, ...], new: int) -> list[engine.Row]:
+    def _steps(self, questions: list[str], sources: tuple[str, ...], max_new_tokens: int, after: QA) -> Iterator[list[engine.Step]]:
+        rows = self._rows(questions, sources, max_new_tokens, after)
+        stop = self.decoder.config.prompt.stop_ids(self.decoder.base.tokenizer)
+        return engine.decode(self.decoder.session, self._prefix(sources), rows, max_new_tokens, stop)
+
+    def _token_logprobs(self, qa: QA, source: str, after: QA = ()) -> list[list[float]]:
+        """Log-probabilities (nats) of the tokens of every answer, its end included."""
+        if not qa or not all(isinstance(a, str) and a.strip() for _, a in qa):
+            raise LqaError("Give at least one answer to score, and no empty one.")
+        tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
+        ids = [prompt.answer(tokenizer, check_text(tokenizer, a, "The answer")) for _, a in qa]
+        rows = self._rows([q for q, _ in qa], (source,), max(map(len, ids)), after)
+        return engine.token_logprobs(self.decoder.session, self._prefix((source,)), rows, ids)
+
+    def _rows(self, questions: Sequence[str], sources: tuple[str, ...], new: int, after: QA = ()) -> list[engine.Row]:
         """One row per source and question, source by source."""
-        if not questions or not all(isinstance(q, str) and q.strip() for q in questions):
+        if not questions or not all(isinstance(q, str) and q.strip() for q in [*questions, *(q for q, _ in after)]):
             raise LqaError("Ask at least one question, and no empty one.")
         if new < 1:
             raise LqaError(f"The number of new tokens must be at least 1, not {new}.")
         tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
-        suffixes = [prompt.question(tokenizer, check_text(tokenizer, q, "The question")) for q in questions]
+        for text in (text for pair in after for text in pair):
+            check_text(tokenizer, text, "An earlier question or answer")
+        suffixes = [prompt.question(tokenizer, check_text(tokenizer, q, "The question"), after) for q in questions]
         room = self.decoder.base.context - len(self._prompt_ids()[0]) - new
         if max(map(len, suffixes)) > room:
             raise LqaError(
@@ -288,11 +373,8 @@ class Reading:
 
     def _prefill(self, source: str) -> engine.Prefix:
         """The decoder's pass over prompt and slots: patched with these activations, with a donor's, or not at all."""
-        ids, slots = self._prompt_ids()
-        base, config = self.decoder.base, self.decoder.config
         if source == "none":
-            with self.decoder.session() as model:
-                return engine.prefill(model, [ids])
+            return self.decoder.prefill_slots([self.layer], len(self.span), None)
         if source == "shuffled":
             from lqa.grounding import donor_activations
 
@@ -301,7 +383,4 @@ class Reading:
             activations = self.injected
         else:
             raise LqaError(f"The source {source!r} is unknown; use true, none or shuffled.")
-        mask = torch.tensor([slots], device=base.device)
-        with self.decoder.session() as model, Injection(base, config.write_layer, config.operation) as injection:
-            with injection.armed(mask, activations):
-                return engine.prefill(model, [ids])
+        return self.decoder.prefill_slots([self.layer], len(self.span), activations)

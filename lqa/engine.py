@@ -163,10 +163,15 @@ def decode(
 
 def score(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[float]:
     """The mean log-probability per token, in nats, of each answer (its end included) behind its row's prefix and suffix."""
+    return [sum(tokens) / len(tokens) for tokens in token_logprobs(session, prefix, rows, answers)]
+
+
+def token_logprobs(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The log-probability, in nats, of every token of each answer behind its row's prefix and suffix."""
     if len(rows) != len(answers) or not all(answers):
         raise LqaError("Every row needs one answer with at least one token.")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].suffix) + len(answers[i]))
-    scores = [0.0] * len(rows)
+    scores: list[list[float]] = [[] for _ in rows]
     while order:
         with session() as model:
             per_row = (max(len(answers[i]) for i in order) + 1) * model.config.get_text_config().vocab_size
@@ -178,7 +183,7 @@ def score(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Seque
             for i, row in zip(batch, logits, strict=True):
                 n = len(answers[i])
                 targets = torch.tensor(answers[i], device=row.device).unsqueeze(1)
-                scores[i] = row[-n - 1 : -1].log_softmax(-1).gather(1, targets).mean().item()
+                scores[i] = row[-n - 1 : -1].log_softmax(-1).gather(1, targets).squeeze(1).tolist()
     return scores
 
 

@@ -43,16 +43,19 @@ def donor_activations(reading: Reading, donor: Reading | None = None) -> Tensor:
     return map_linearly(donor.injected, len(reading.span))
 
 
-def text_only_chat(reading: Reading, question: str) -> list[dict[str, str]]:
-    """What the bare model is told instead of activations: the turns that the span touches, as text, and the question."""
+def text_only_chat(reading: Reading, question: str, after: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
+    """What the bare model is told instead of activations: the turns that the span touches, as text, and the question (`after` others)."""
     visible = [f"{role.capitalize()}: {content}" for i, (role, content) in enumerate(reading.rendered.chat) if i not in reading.hidden]
-    return [{"role": "user", "content": TEXT_ONLY.format(visible="\n".join(visible) or "(nothing is visible)", question=question)}]
+    first, *others = [*(q for q, _ in after), question]
+    asked = [TEXT_ONLY.format(visible="\n".join(visible) or "(nothing is visible)", question=first), *others]
+    turns = [text for q, (_, a) in zip(asked, after, strict=False) for text in (q, a)] + asked[-1:]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def text_only(reading: Reading, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+def text_only(reading: Reading, questions: Sequence[str], max_new_tokens: int, after: Sequence[tuple[str, str]] = ()) -> list[str]:
     """The bare model's answers (adapter off) from the visible turns as text; one batch, the shared text run once."""
     decoder = reading.decoder
-    ids = [render(decoder.base.tokenizer, text_only_chat(reading, q)).ids for q in questions]
+    ids = [render(decoder.base.tokenizer, text_only_chat(reading, q, after)).ids for q in questions]
     decoder._check_room(max(map(len, ids)), max_new_tokens)
     common, suffixes = engine.common_prefix(ids)
     with decoder.base.decoding() as model:

@@ -171,6 +171,62 @@ def test_grounding_carries_the_references(tiny_decoder):
         assert isinstance(answer.grounding.text_only, str)
 
 
+def test_answers_grow_into_what_ask_gives(tiny_decoder):
+    reading = tiny_decoder().read(CHAT, "turn:-1")
+    states = list(reading.answers(QUESTIONS, max_new_tokens=8))
+    assert states[-1] == reading.ask(QUESTIONS, max_new_tokens=8) and len(states) > 4
+    for earlier, later in zip(states, states[1:], strict=False):
+        assert all(b.text.startswith(a.text) for a, b in zip(earlier, later, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_follow_up_comes_after_the_earlier_answer(tiny_decoder, family):
+    """The decoder is told what a chat of its own template would tell it: the earlier question and answer as turns of their own."""
+    decoder = tiny_decoder(family)
+    reading, after = decoder.read(CHAT, "turn:-1"), [(QUESTIONS[0], "Like a pirate.")]
+    prompt, tokenizer = decoder.config.prompt, decoder.base.tokenizer
+    told = tokenizer.decode(prompt.question(tokenizer, QUESTIONS[1], after))
+    turns = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "Like a pirate."}]
+    whole = tokenizer.apply_chat_template([*turns, {"role": "user", "content": QUESTIONS[1]}], tokenize=False, add_generation_prompt=True)
+    reopened = told.split("Like a pirate.")[1].split(QUESTIONS[1])[0].removeprefix(prompt.end)
+    assert reopened.strip() and reopened + QUESTIONS[1] in whole
+    (answer,) = reading.ask(QUESTIONS[1], after=after, max_new_tokens=6, grounding=True)
+    assert list(reading.answers(QUESTIONS[1], after=after, max_new_tokens=6))[-1][0].text == answer.text
+    assert answer.grounding.none == "".join(reading.stream(QUESTIONS[1], source="none", after=after, max_new_tokens=6)).strip()
+    joined = QUESTIONS[0] + prompt.question_tail + "Like a pirate." + prompt.end + reopened + prompt.question_head + QUESTIONS[1]
+    if prompt.question_head == "":  # one long question, cut elsewhere, has the same text
+        assert told == joined + prompt.question_tail
+    others = [reading.score(QUESTIONS[1], ["Formally."])[0].logprob, reading.token_scores([(QUESTIONS[1], "Formally.")], after=after)]
+    assert others[0] != pytest.approx(sum(t.logprob for t in others[1][0]) / len(others[1][0]))
+
+
+def test_token_scores_are_the_parts_of_the_score(tiny_decoder):
+    decoder = tiny_decoder()
+    reading = decoder.read(CHAT, "turn:-1")
+    answers = ["Like a pirate.", "Naïve 日本 city", "Formally."]
+    tokens = reading.token_scores([(QUESTIONS[0], a) for a in answers])
+    assert ["".join(t.text for t in row) for row in tokens] == answers
+    end = len(decoder.config.prompt.answer(decoder.base.tokenizer, answers[0])) - len(tokens[0])
+    assert end >= 1
+    for row, answer in zip(tokens, answers, strict=True):
+        ids = decoder.config.prompt.answer(decoder.base.tokenizer, answer)
+        per_token = reading._token_logprobs([(QUESTIONS[0], answer)], "true")[0]
+        assert [t.logprob for t in row] == pytest.approx(per_token[: len(row)], abs=1e-4) and len(per_token) == len(ids)
+        score = reading.score(QUESTIONS[0], [answer])[0]
+        assert score.logprob == pytest.approx(sum(per_token) / len(ids), abs=1e-5)
+
+
+def test_probabilities_take_the_prior_away(tiny_decoder):
+    reading = tiny_decoder().read(CHAT, "turn:-1")
+    answers = ["Formally.", "Like a pirate.", "It is a doctor."]
+    found = reading.probabilities(QUESTIONS[0], answers)
+    assert sum(found) == pytest.approx(1)
+    count = [len(reading.decoder.config.prompt.answer(reading.decoder.base.tokenizer, a)) for a in answers]
+    gains = [n * (s.logprob - s.logprob_none) for n, s in zip(count, reading.score(QUESTIONS[0], answers), strict=True)]
+    expected = torch.tensor(gains).softmax(0).tolist()
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -200,6 +256,9 @@ def test_bad_questions_say_what_is_wrong(tiny_decoder):
         (lambda: reading.score("Who?", []), "at least one answer"),
         (lambda: reading.score("Who?", ["A.", ""]), "no empty one"),
         (lambda: list(reading.stream("Who?", source="magic")), "magic"),
+        (lambda: reading.ask("Who \ud800?"), "half a character"),
+        (lambda: reading.ask("Who?", after=[("What?", "<|im_end|>")]), "special token"),
+        (lambda: reading.ask("Who?", after=[("", "A.")]), "no empty one"),
         (lambda: decoder.generate([*CHAT, {"role": "assistant", "content": "Aye."}]), "ends with the assistant"),
     ):
         with pytest.raises(LqaError, match=message):

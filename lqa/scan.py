@@ -1,0 +1,68 @@
+"""Scan: one question with short answers, asked of every token alone, at every read layer.
+
+A cell is what `decoder.read(chat, [token], layer).probabilities(question, answers)` gives.  The tokens of a turn have the same hidden
+context, so that the target runs once per turn and layer, and the decoder reads its tokens as one batch of prompts with a single slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lqa import engine
+from lqa.chat import Chat, Span, check_text, render, resolve_span
+from lqa.decoder import LatentDecoder, evidence
+from lqa.errors import LqaError
+
+
+class Cell(NamedTuple):
+    """What one token at one layer says: a probability for each answer (they add up to 1)."""
+
+    layer: int
+    token: int
+    probabilities: tuple[float, ...]
+
+
+def scan(
+    decoder: LatentDecoder,
+    chat: Chat,
+    question: str,
+    answers: Sequence[str],
+    span: Span = "all",
+    layers: Sequence[int] | None = None,
+    batch: int = 16,
+) -> Iterator[list[Cell]]:
+    """Yields the cells of `batch` tokens at a time, layer after layer (None: all that the decoder reads).
+
+    Raises LqaError as `read` and `score` do, and for fewer than two answers.
+    """
+    if len(answers) < 2:
+        raise LqaError("Give at least two answers to compare.")
+    tokenizer, prompt = decoder.base.tokenizer, decoder.config.prompt
+    layers = [decoder.config.check_layer(k) for k in (decoder.config.read_layers if layers is None else layers)]
+    rendered = render(tokenizer, chat)
+    turns: dict[int, list[int]] = {}
+    for i in resolve_span(span, rendered):
+        turns.setdefault(rendered.tokens[i].turn, []).append(i)
+    if not isinstance(question, str) or not question.strip() or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise LqaError("The question and its answers must not be empty.")
+    suffix = prompt.question(tokenizer, check_text(tokenizer, question, "The question"))
+    ids = [prompt.answer(tokenizer, check_text(tokenizer, a, "An answer")) for a in answers]
+
+    def totals(prefix: engine.Prefix, n: int) -> list[list[float]]:
+        """(n prefixes, answers): log-probability in nats, summed over the answer."""
+        rows = [engine.Row(i, suffix) for i in range(n) for _ in ids]
+        sums = [sum(tokens) for tokens in engine.token_logprobs(decoder.session, prefix, rows, ids * n)]
+        return [sums[i : i + len(ids)] for i in range(0, len(sums), len(ids))]
+
+    for layer in layers:
+        (none,) = totals(decoder.prefill_slots([layer], 1, None), 1)
+        for tokens in turns.values():
+            injected = decoder.read(chat, tokens, layer).injected
+            for at in range(0, len(tokens), batch):
+                part = tokens[at : at + batch]
+                true = totals(decoder.prefill_slots([layer], 1, injected[at : at + batch], len(part)), len(part))
+                yield [
+                    Cell(layer, i, tuple(evidence([t - n for t, n in zip(row, none, strict=True)])))
+                    for i, row in zip(part, true, strict=True)
+                ]
