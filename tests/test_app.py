@@ -14,12 +14,23 @@ pytest.importorskip("gradio", reason="the page needs the extra 'ui'")
 from lqa import LatentDecoder, LqaError
 from lqa.chat import render, resolve_span
 from lqa.ui import build, launch
-from lqa.ui.handlers import MAX_CHARACTERS, cards, chat_of, make_handlers
-from lqa.ui.tokens import MAX_SELECTED, token_view
+from lqa.ui import learn as learn_page
+from lqa.ui import scan as scan_page
+from lqa.ui import watch as watch_page
+from lqa.ui.limits import MAX_CHARACTERS, MAX_FOLLOW_UPS, MAX_SELECTED, check_answers, check_questions, check_turns
+from lqa.ui.link import make_restore
+from lqa.ui.read import answers_view, make_handlers, stopped, toggle_question
+from lqa.ui.tokens import token_view
 
 SYSTEM, USER, QUESTION = "Speak like a pirate.", "Who is it\nin the city?", "How will the assistant speak?"
+OTHER = "Who is it?"
 REFERENCES = ["none", "shuffled", "text_only"]
 SKIPPED = {"__type__": "update"}
+
+
+def turns(system=SYSTEM, user=USER, *more):
+    roles = ["system", "user", "assistant", "user"]
+    return {"turns": [{"role": r, "content": t} for r, t in zip(roles, [system, user, *more], strict=False)], "busy": False}
 
 
 @pytest.fixture(scope="module")
@@ -40,80 +51,277 @@ def app():
     return module
 
 
-# --- handlers ----------------------------------------------------------------------------------------------------
+# --- Read --------------------------------------------------------------------------------------------------------
 
 
-def test_chat_of_leaves_out_empty_turns_and_limits_length():
-    assert chat_of("", "Hi", " ") == [{"role": "user", "content": "Hi"}]
-    assert [m["role"] for m in chat_of("S", "U", "A")] == ["system", "user", "assistant"]
-    assert len(chat_of("a" * 1000, "b" * (MAX_CHARACTERS - 1000))) == 2
+def test_empty_turns_are_none_and_length_is_limited():
+    assert check_turns(turns("", "Hi", " ")) == [{"role": "user", "content": "Hi"}]
+    assert [m["role"] for m in check_turns(turns("S", "U", "A", "U"))] == ["system", "user", "assistant", "user"]
+    assert len(check_turns(turns("a" * 1000, "b" * (MAX_CHARACTERS - 1000)))) == 2
     with pytest.raises(LqaError, match="4,001 characters.*at most 4,000"):
-        chat_of("a" * 1000, "b" * (MAX_CHARACTERS - 999))
+        check_turns(turns("a" * 1000, "b" * (MAX_CHARACTERS - 999)))
+    with pytest.raises(LqaError, match="13 turns"):
+        check_turns({"turns": [{"role": "user", "content": "Hi"}] * 13})
+
+
+@pytest.mark.parametrize("forged", [None, 5, {}, {"turns": 5}, {"turns": [5]}, {"turns": [{"role": "user", "content": 5}]}])
+def test_a_chat_that_no_page_sends_is_refused(handlers, forged):
+    strip, message = handlers.show(forged, None)
+    assert strip == SKIPPED and message
 
 
 def test_show_gives_tokens_turns_and_spans(decoder, handlers):
-    view, message = handlers.show(SYSTEM, USER, "")
-    rendered = render(decoder.base.tokenizer, chat_of(SYSTEM, USER))
+    view, message = handlers.show(turns(), None)
+    rendered = render(decoder.base.tokenizer, check_turns(turns()))
     assert message == "" and "".join(t["text"] for t in view["tokens"]) == rendered.text
     assert view["selected"] == view["spans"]["user"] == resolve_span("user", rendered)
     assert view["selected"][-1] == len(rendered) - 1  # the generation header belongs to the user's turn
     assert view["spans"]["assistant"] == [] and view["spans"]["last"] == [len(rendered) - 1] and 0 not in view["spans"]["all"]
-    roles = {t["role"] for t in handlers.show("", USER, "Aye.")[0]["tokens"]}
+    roles = {t["role"] for t in handlers.show(turns("", USER, "Aye."), None)[0]["tokens"]}
     assert roles == {"template", "user", "assistant"}  # the template's own system prompt is no turn
 
 
+def test_the_strip_follows_the_chat(handlers):
+    view = handlers.show(turns(), None)[0]
+    edited = handlers.show(turns(user="It is a doctor."), view | {"selected": view["spans"]["last"]})[0]
+    assert edited["selected"] == edited["spans"]["last"] != view["spans"]["last"]  # the pressed button stays pressed
+    assert handlers.show(turns(), view | {"selected": [2, 5]})[0]["selected"] == [2, 5]  # the same chat keeps a free selection
+    assert handlers.show(turns(user="It is a doctor."), view | {"selected": [2, 5]})[0]["selected"] == edited["spans"]["user"]
+
+
 def test_show_says_what_is_wrong_and_keeps_the_tokens(handlers):
-    strip, message = handlers.show(SYSTEM, "  ", "")
+    strip, message = handlers.show(turns(user="  "), None)
     assert strip == SKIPPED and "empty" in message
 
 
-def ask(handlers, system=SYSTEM, user=USER, strip=None, question=QUESTION, layer=1, previous=None):
-    return list(handlers.ask(system, user, "", strip, question, layer, previous))
+def test_the_target_replies_into_the_chat(decoder, handlers):
+    outputs = list(handlers.reply(turns()))
+    expected = decoder.generate(check_turns(turns()), max_new_tokens=96)
+    assert outputs[-1][0]["turns"][-1] == {"role": "assistant", "content": expected} and not outputs[-1][0]["busy"]
+    assert len(outputs) > 4 and all(chat["busy"] for chat, _ in outputs[:-1])
+    (chat, message), *rest = handlers.reply(turns(SYSTEM, USER, "Aye."))
+    assert not rest and "ends with the assistant" in message and chat["turns"][-1]["content"] == "Aye." and not chat["busy"]
 
 
-def test_ask_streams_then_brings_the_references(decoder, handlers):
-    view = handlers.show(SYSTEM, USER, "")[0]
-    outputs = ask(handlers, strip=view | {"selected": [3, 4, 5]})
+def ask(handlers, chat=None, strip=None, questions=QUESTION, layer=1, previous=None):
+    return list(handlers.ask(chat or turns(), strip, questions, layer, previous))
+
+
+def test_ask_streams_then_brings_the_grounding(decoder, handlers):
+    view = handlers.show(turns(), None)[0]
+    outputs = ask(handlers, strip=view | {"selected": [3, 4, 5]}, questions=f"{QUESTION}\n\n{OTHER}\n")
     pickle.dumps(outputs)  # on ZeroGPU they come from another process
-    stages = [answer["stage"] for _, answer, _ in outputs]
-    assert stages == ["answer"] * (len(stages) - 2) + ["references", "done"] and len(stages) > 4
-    texts = [answer["answer"] for _, answer, _ in outputs[:-2]]
-    assert all(later.startswith(earlier) and later != earlier for earlier, later in zip(texts, texts[1:], strict=False))
-    final = outputs[-1][1]
-    expected = decoder.read(chat_of(SYSTEM, USER), [3, 4, 5], 1).ask(QUESTION, grounding=True)[0]
-    assert (final["answer"], final["confidence"]) == (expected.text, pytest.approx(expected.confidence))
-    assert final["references"] == {name: getattr(expected.grounding, name) for name in REFERENCES}
-    assert final["note"] == "layer 1 · 3 tokens" and final["question"] == QUESTION
+    stages = [answers["stage"] for _, answers, _ in outputs]
+    assert list(dict.fromkeys(stages)) == ["reading", "answers", "grounding", "references", "done"] and stages.count("answers") > 4
+    growing = [answers["items"] for _, answers, _ in outputs if answers["stage"] == "answers"]
+    for earlier, later in zip(growing, growing[1:], strict=False):
+        assert all(b["text"].startswith(a["text"]) for a, b in zip(earlier, later, strict=True))
+    final, reading = outputs[-1][1], decoder.read(check_turns(turns()), [3, 4, 5], 1)
+    for item, expected in zip(final["items"], reading.ask([QUESTION, OTHER], grounding=True), strict=True):
+        assert (item["question"], item["text"]) == (expected.question, expected.text)
+        assert item["confidence"] == pytest.approx(expected.confidence)
+        assert item["references"] == {name: getattr(expected.grounding, name) for name in REFERENCES}
+        assert "".join(word["text"] for word in item["words"]) == expected.text
+        (tokens,) = reading.token_scores([(expected.question, expected.text)])
+        assert item["gain"] == pytest.approx(sum(t.logprob - t.logprob_none for t in tokens) / len(tokens), abs=1e-4)
+    assert final["note"] == "layer 1 · 3 tokens" and final["reading"]["span"] == [3, 4, 5]
+
+
+def test_nothing_is_decoded_twice(decoder, handlers, monkeypatch):
+    """One decode for the answers, one for the references without and with other activations, one for the text alone."""
+    import lqa.engine
+
+    rows, decode = [], lqa.engine.decode
+    monkeypatch.setattr(lqa.engine, "decode", lambda *args, **kwargs: rows.append(len(args[2])) or decode(*args, **kwargs))
+    ask(handlers, questions=f"{QUESTION}\n{OTHER}")
+    assert rows == [2, 4, 2]
+
+
+def test_follow_up_questions(decoder, handlers):
+    view = ask(handlers)[-1][1]
+    outputs = list(handlers.follow_up(view | {"ask": {"item": 0, "question": OTHER}}))
+    first, (new,) = outputs[-1][0]["items"][0], outputs[-1][0]["items"][0]["follow_ups"]
+    reading = decoder.read(check_turns(turns()), view["reading"]["span"], 1)
+    (expected,) = reading.ask(OTHER, after=[(QUESTION, first["text"])], grounding=True)
+    assert new["text"] == expected.text and new["references"] == {name: getattr(expected.grounding, name) for name in REFERENCES}
+    assert first["references"] == view["items"][0]["references"] and outputs[-1][0]["stage"] == "done"
+    again = view
+    for _ in range(MAX_FOLLOW_UPS):
+        again = list(handlers.follow_up(again | {"ask": {"item": 0, "question": OTHER}}))[-1][0]
+    assert len(again["items"][0]["follow_ups"]) == MAX_FOLLOW_UPS
+    ((kept, message),) = handlers.follow_up(again | {"ask": {"item": 0, "question": OTHER}})
+    assert "as many as" in message and kept == again
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ask": {"item": 7, "question": "Who?"}},
+        {"ask": {"item": "x", "question": "Who?"}},
+        {"ask": None},
+        {"ask": {"item": 0, "question": ""}},
+        {"ask": {"item": 0, "question": "Who <|im_end|>?"}},
+        {"items": [{"question": 5, "text": 6, "follow_ups": []}]},
+        {"items": [{"question": "Q", "text": "x" * 5000, "follow_ups": []}]},
+        {"reading": {"chat": [], "span": [1], "layer": 1}},
+        {"reading": {"chat": [{"role": "user", "content": "Hi"}], "span": [999], "layer": 1}},
+        {"reading": {"chat": [{"role": "user", "content": "Hi"}], "span": [3], "layer": "1"}},
+    ],
+)
+def test_a_forged_follow_up_is_refused(handlers, change):
+    item = {"question": QUESTION, "text": "Aye.", "follow_ups": []}
+    reading = {"chat": [{"role": "user", "content": "Hi"}], "span": [3], "layer": 1}
+    view = answers_view("done", [item], "", reading) | {"ask": {"item": 0, "question": "Who?"}}
+    outputs = list(handlers.follow_up(view | change))
+    assert len(outputs) == 1 and outputs[0][1] and list(handlers.follow_up(5))[0][1]
 
 
 def test_ask_reads_the_edited_chat_not_the_tokens_of_the_old_one(handlers):
-    old = handlers.show(SYSTEM, "It is a doctor.", "")[0] | {"selected": [1]}
+    old = handlers.show(turns(user="It is a doctor."), None)[0] | {"selected": [1]}
     outputs = ask(handlers, strip=old)
-    assert outputs[0][0] == handlers.show(SYSTEM, USER, "")[0]  # the strip follows, with the default selection
+    assert outputs[0][0] == handlers.show(turns(), None)[0]  # the strip follows, with the default selection
     assert all(strip == SKIPPED for strip, _, _ in outputs[1:])
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"question": " "}, "no empty one"),
-        ({"question": "What is <|im_end|>?"}, "special token"),
-        ({"user": ""}, "empty"),
-        ({"user": "<|im_start|>system"}, "special token"),
-        ({"user": "z" * 450}, f"at most {MAX_SELECTED}"),
+        ({"questions": " \n "}, "There is no question"),
+        ({"questions": 5}, "There is no question"),
+        ({"questions": "What is <|im_end|>?"}, "special token"),
+        ({"questions": "What\ud800?"}, "half a character"),
+        ({"questions": "a\nb\nc\nd\ne"}, "5 questions.*at most 4"),
+        ({"questions": "a" * 301}, "301 characters"),
+        ({"chat": turns(user="")}, "empty"),
+        ({"chat": turns(user="<|im_start|>system")}, "special token"),
+        ({"chat": turns(user="x" * 100_000)}, "100,020 characters"),
+        ({"chat": turns(user="z" * 450)}, f"at most {MAX_SELECTED}"),
         ({"layer": 2}, "supports the layers 0, 1"),
+        ({"layer": "1; drop"}, "whole number"),
     ],
 )
-def test_ask_says_what_is_wrong_and_keeps_the_answer(handlers, change, message):
-    before = cards("Q", "layer 1", "done", "Arr.", 0.5, none="x")
+def test_ask_says_what_is_wrong_and_keeps_the_answers(handlers, change, message):
+    import re
+
+    before = answers_view("done", [], "layer 1")
     outputs = ask(handlers, previous=before, **change)
-    assert len(outputs) == 1 and outputs[0][:2] == (SKIPPED, before) and message in outputs[0][2]
+    assert outputs[-1][0] == SKIPPED and outputs[-1][1] == before and re.search(message, outputs[-1][2])
 
 
-@pytest.mark.parametrize("selected, message", [([], "No token is selected"), ([999], "token indices"), (["1"], "token indices")])
+@pytest.mark.parametrize(
+    "selected, message", [([], "No token is selected"), ([999], "token indices"), (["1"], "token indices"), (5, "No token is selected")]
+)
 def test_ask_refuses_a_selection_that_no_page_sends(decoder, handlers, selected, message):
-    view = token_view(render(decoder.base.tokenizer, chat_of(SYSTEM, USER)), selected)
+    view = token_view(render(decoder.base.tokenizer, check_turns(turns())), selected)
     assert message in ask(handlers, strip=view)[-1][2]
+
+
+def test_text_of_any_script_is_read(decoder, handlers):
+    odd = "\u202eשלום 🏴‍☠️ \x07\x1b[31m\u0000 é\u200b 日本 <b>${1+1}</b> {{value}}"
+    final = ask(handlers, chat=turns(odd, odd + "?"), questions=odd)[-1]
+    assert final[2] == "" and final[1]["stage"] == "done" and final[1]["items"][0]["question"] == odd
+
+
+def test_the_code_repeats_the_reading(decoder, handlers, monkeypatch, capsys):
+    import lqa
+
+    view = ask(handlers, questions=f'{QUESTION}\nWho said "it"?')[-1][1]
+    monkeypatch.setattr(lqa.LatentDecoder, "from_pretrained", lambda *args: decoder)
+    exec(view["code"], {})  # noqa: S102  the page's own snippet
+    printed = capsys.readouterr().out
+    assert all(item["text"] in printed and item["references"]["none"] in printed for item in view["items"])
+    assert 'span="user"' in view["code"]
+
+
+def test_stop_and_suggestions():
+    assert stopped(answers_view("answers"))["stage"] == "stopped" and stopped(answers_view("done")) == SKIPPED and stopped(5) == SKIPPED
+    added = toggle_question({"pick": [0, 1]}, "Mine?")
+    assert added.startswith("Mine?\n") and toggle_question({"pick": [0, 1]}, added) == "Mine?"
+    assert toggle_question({"pick": [9, 9]}, "Mine?") == toggle_question(None, "Mine?") == SKIPPED
+    assert check_questions("a\n b \na") == ["a", "b"] and check_answers("x\ny") == ["x", "y"]
+
+
+# --- Scan, Watch, Learn, link ------------------------------------------------------------------------------------
+
+
+def test_scan_fills_its_cells(decoder):
+    from lqa.scan import scan
+
+    handlers, answers = scan_page.make_handlers(decoder), ["Formally.", "Like a pirate."]
+    outputs = list(handlers.scan(turns(), None, QUESTION, "\n".join(answers), scan_page.EVERY, None))
+    pickle.dumps(outputs)
+    count = [sum(p is not None for row in view["cells"].values() for p in row) for view, _ in outputs]
+    n = len(outputs[0][0]["tokens"])
+    assert count[0] == 0 and count == sorted(count) and count[-1] == 2 * (n - 1) and len(outputs) > 3
+    assert outputs[-1][0]["stage"] == "done" and outputs[1][0]["cells"]["0"] == [None] * n  # the default layer, 1, comes first
+    for part in scan(decoder, check_turns(turns()), QUESTION, answers):
+        for cell in part:
+            assert outputs[-1][0]["cells"][str(cell.layer)][cell.token] == pytest.approx(cell.probabilities, abs=1e-3)
+
+    view = outputs[-1][0] | {"pick": {"token": 4, "layer": 0}}
+    tabs, strip, layer, question, message = handlers.pick(view, turns())
+    assert tabs["selected"] == "read" and strip["selected"] == [4] and (layer, question, message) == (0, QUESTION, "")
+    assert "changed" in handlers.pick(view, turns(user="Other"))[-1]
+    for pick in (None, {"token": 999, "layer": 0}, {"token": 4, "layer": 77}, {"token": "x", "layer": []}):
+        assert handlers.pick(view | {"pick": pick}, turns())[-1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"answers": "One."}, "2 to 6 answers"), ({"question": ""}, "empty"), ({"chat": turns(user="z" * 200)}, "at most 160 tokens")],
+)
+def test_scan_says_what_is_wrong(decoder, change, message):
+    arguments = {"chat": turns(), "strip": None, "question": QUESTION, "answers": "A.\nB.", "what": scan_page.EVERY, "previous": None}
+    ((_, notice),) = scan_page.make_handlers(decoder).scan(*(arguments | change).values())
+    assert message in notice
+
+
+@pytest.mark.parametrize("answers", ["Formally.\nLike a pirate.", ""])
+def test_watch_reads_while_the_target_writes(decoder, answers):
+    outputs = list(watch_page.make_watch(decoder)(turns(), QUESTION, answers, watch_page.BOTH, 1, None))
+    pickle.dumps(outputs)
+    final = outputs[-1][0]
+    assert final["stage"] == "done" and "".join(final["pieces"]).strip() == decoder.generate(check_turns(turns()), max_new_tokens=96)
+    assert [p["at"] for p in final["points"][:3]] == [4, 8, 12] and final["points"][-1]["at"] == len(final["pieces"])
+    chat = [*check_turns(turns()), {"role": "assistant", "content": "".join(final["pieces"][:8]).lstrip()}]
+    span = watch_page.reply_span(decoder, chat, watch_page.BOTH)
+    reading = decoder.read(chat, span, 1)
+    assert reading.hidden == {0} and set(watch_page.reply_span(decoder, chat, watch_page.REPLY)) < set(span)
+    if answers:
+        assert final["points"][1]["p"] == pytest.approx(reading.probabilities(QUESTION, answers.split("\n")), abs=1e-3)
+    else:
+        assert final["points"][1]["text"] == reading.ask(QUESTION, max_new_tokens=watch_page.SHORT)[0].text
+    ((_, notice),) = watch_page.make_watch(decoder)(turns(SYSTEM, USER, "Aye."), QUESTION, answers, watch_page.BOTH, 1, None)
+    assert "ends with the assistant" in notice
+
+
+def test_learn_shows_the_picture_and_the_answers_of_the_embedded_decoder():
+    import json
+
+    assert learn_page.PICTURE.read_text(encoding="utf-8") == learn_page.picture()
+    assert len(learn_page.SENTENCES) == 10 and len(learn_page.cached()) == len(learn_page.EXAMPLES)
+    stored = json.loads(learn_page.RESULTS.read_text(encoding="utf-8"))
+    assert stored["decoder"] == learn_page.decoder_digest(), "another decoder is embedded now: python -m lqa.ui.learn"
+    for view, (chat, _, question, _) in zip(stored["views"], learn_page.EXAMPLES.values(), strict=True):
+        assert view["stage"] == "done" and view["items"][0]["question"] == question and view["reading"]["chat"] == check_turns(chat)
+        assert view["items"][0]["text"] and all(view["items"][0]["references"].values())
+    assert learn_page.open_lesson({"pick": [0, 3]})[3] == stored["views"][3] and learn_page.open_lesson({"pick": [0, 99]})[3] == SKIPPED
+
+
+def test_a_link_restores_what_it_holds_and_nothing_else(decoder):
+    import json
+
+    restore = make_restore(decoder)
+    state = {"chat": turns()["turns"], "span": [3, 4], "layer": 0, "questions": f"{QUESTION}\n{OTHER}"}
+    chat, strip, layer, questions, message = restore(json.dumps(state))
+    assert chat["turns"] == turns()["turns"] and strip["selected"] == [3, 4] and (layer, questions, message) == (0, state["questions"], "")
+    assert restore(json.dumps(state | {"span": "last"}))[1]["selected"] == strip["spans"]["last"]
+    assert restore("") == (SKIPPED,) * 5
+    damaged = ["damaged", "[]", "{}", "[" * 5000, json.dumps(state)[:-3], "x" * 30_000, 5]
+    changes = [("layer", 9), ("span", [0]), ("span", [999]), ("span", "assistant"), ("span", {}), ("chat", "x"), ("questions", [])]
+    for text in [*damaged, *(json.dumps(state | {key: value}) for key, value in changes)]:
+        *skipped, message = restore(text)
+        assert message and skipped == [SKIPPED] * 4, text
 
 
 # --- app.py ------------------------------------------------------------------------------------------------------
@@ -135,7 +343,7 @@ def test_check_names_what_is_wrong(app, tmp_path, capsys):
 # --- the running page --------------------------------------------------------------------------------------------
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-WAIT = 1000 * int(os.environ.get("LQA_TEST_WAIT", "30"))  # ms
+WAIT = 1000 * int(os.environ.get("LQA_TEST_WAIT", "60"))  # ms
 
 
 @pytest.fixture(scope="module")
@@ -173,15 +381,16 @@ def page(browser, url):
     assert hosts <= {"127.0.0.1", "localhost", None} and not errors
 
 
-def fill(page, **boxes):
-    for box, text in boxes.items():
-        page.fill(f"#{box} textarea, #{box} input[type=text]", text)
-
-
-def read(page, expected):
-    """Presses the button and waits for tokens that say `expected`."""
-    page.click("#show")
-    page.wait_for_function("text => document.querySelector('#tokens .box').textContent.includes(text)", arg=expected)
+def write(page, *texts):
+    """Fills the chat's boxes, one after the other, and waits for the tokens of the last one."""
+    boxes = page.locator("#chat textarea")
+    while boxes.count() < len(texts):
+        page.click("#chat .bar button:has-text('Add')")
+    for i, text in enumerate(texts):
+        boxes.nth(i).fill(text)
+    drawn = "() => document.querySelector('#tokens .box').textContent"
+    wanted = [text.split("\n")[-1].replace(" ", "·").replace("\t", "⇥") for text in texts]
+    page.wait_for_function(f"texts => texts.every((text) => ({drawn})().includes(text))", arg=wanted)
 
 
 def selected(page) -> list[int]:
@@ -194,10 +403,9 @@ def token(page, i):
 
 @pytest.mark.browser
 def test_tokens_show_turns_and_whitespace(page, decoder):
-    fill(page, system=SYSTEM, user=USER, assistant="Like\ta pirate.")
-    read(page, "⇥")
+    write(page, SYSTEM, USER, "Like\ta pirate.")
     assert page.locator("#tokens .role").all_text_contents() == ["system", "user", "assistant"]
-    rendered = render(decoder.base.tokenizer, chat_of(SYSTEM, USER, "Like\ta pirate."))
+    rendered = render(decoder.base.tokenizer, check_turns(turns(SYSTEM, USER, "Like\ta pirate.")))
     drawn = page.locator("#tokens .tok").all_text_contents()
     assert "".join(drawn) == rendered.text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
     special = page.eval_on_selector_all("#tokens .tok.special", "nodes => nodes.map(node => Number(node.dataset.index))")
@@ -205,16 +413,16 @@ def test_tokens_show_turns_and_whitespace(page, decoder):
     assert selected(page) == resolve_span("user", rendered)
     assert page.locator("#tokens .pill").all_text_contents()[0] == "hidden from the decoder"
 
-    fill(page, system="", assistant="")
-    read(page, "helpful")
+    page.click("#chat .bar button:has-text('Remove')")
+    write(page, "", USER)
+    page.wait_for_function("() => document.querySelector('#tokens .box').textContent.includes('helpful')")
     assert page.locator("#tokens .role").all_text_contents() == ["template preamble", "user"]
 
 
 @pytest.mark.browser
 def test_selecting_tokens(page, handlers):
-    fill(page, system=SYSTEM, user=USER)
-    read(page, "city")
-    spans = handlers.show(SYSTEM, USER, "")[0]["spans"]
+    write(page, SYSTEM, USER)
+    spans = handlers.show(turns(), None)[0]["spans"]
     for name, span in spans.items():
         button = page.locator(f"#tokens [data-span={name}]")
         if not span:
@@ -253,61 +461,54 @@ def test_selecting_tokens(page, handlers):
 
 
 @pytest.mark.browser
-def test_asking_streams_an_answer_and_brings_its_references(page, decoder):
-    fill(page, system=SYSTEM, user=USER, question=QUESTION)
-    read(page, "city")
+def test_asking_streams_answers_and_brings_their_grounding(page, decoder):
+    write(page, SYSTEM, USER)
     page.click("#tokens [data-span=last]")
     token(page, 5).click()
     span = selected(page)
     page.click("#layer label:has-text('0')")
+    page.fill("#questions textarea", f"{QUESTION}\n{OTHER}")
     page.evaluate(
         """() => {
-            const node = document.querySelector("#answers .card.answer .text");
             window.states = [];
-            new MutationObserver(() => window.states.push(node.textContent)).observe(node, { childList: true });
+            new MutationObserver(() => {
+                const node = document.querySelector("#answers .card .text");
+                if (node) window.states.push(node.textContent);
+            }).observe(document.querySelector("#answers"), { childList: true, subtree: true, characterData: true });
         }"""
     )
-    page.press("#question input, #question textarea", "Enter")
+    page.press("#questions textarea", "Shift+Enter")
     page.wait_for_selector("#answers [data-stage=done]")
-    expected = decoder.read(chat_of(SYSTEM, USER), span, 0).ask(QUESTION, grounding=True)[0]
-    text = page.locator("#answers .card.answer .text").text_content()
-    assert text == expected.text
-    states = [s for s in dict.fromkeys(page.evaluate("window.states")) if s and s != text]
-    assert len(states) >= 2 and all(text.startswith(s.strip()) for s in states)
+    expected = decoder.read(check_turns(turns()), span, 0).ask([QUESTION, OTHER], grounding=True)
+    texts = page.locator("#answers .card .text").all_text_contents()
+    assert texts == [answer.text for answer in expected]
+    states = [s for s in dict.fromkeys(page.evaluate("window.states")) if s and s != texts[0]]
+    assert len(states) >= 2 and all(texts[0].startswith(s.strip()) for s in states)
     for name in REFERENCES:
-        shown = page.locator(f"#answers .card.{name} .text").text_content()
-        assert shown == (getattr(expected.grounding, name) or "(no words)")
-    assert f"{100 * expected.confidence:.0f} %" in page.locator("#answers .confidence").text_content()
-    assert page.locator("#answers .note").text_content() == "layer 0 · 2 tokens" and selected(page) == span
-
-    page.click("#suggestions button:has-text('Describe the character')")  # a suggestion becomes the question
-    page.wait_for_function("() => document.querySelector('#question input, #question textarea').value.startsWith('Describe the character')")
-
-
-@pytest.mark.browser
-def test_an_example_fills_the_boxes_and_shows_its_tokens(page):
-    page.click("#examples button:has-text('Hidden instruction')")
-    page.wait_for_function("() => document.querySelector('#tokens .box').textContent.replaceAll('·', ' ').includes('chamomile')")
-    assert "chamomile" in page.input_value("#system textarea") and page.input_value("#user textarea")
+        shown = page.locator(f"#answers .reference.{name} .said").all_text_contents()
+        assert shown == [getattr(answer.grounding, name) or "(no words)" for answer in expected]
+    shown = page.locator("#answers .confidence").all_text_contents()
+    assert shown == [f"confidence {100 * answer.confidence:.0f} %" for answer in expected]
+    assert "layer 0 · 2 tokens" in page.locator("#answers .status").text_content() and selected(page) == span
+    assert page.locator("#answers .word").count() == sum(len(answer.text.split()) for answer in expected)
 
 
 @pytest.mark.browser
 def test_errors_are_said_in_the_page_and_nothing_is_lost(page):
-    fill(page, system=SYSTEM, user=USER, question=QUESTION)
-    read(page, "city")
+    write(page, SYSTEM, USER)
     page.click("#tokens [data-span=last]")
     before = selected(page)
-    fill(page, user="")
-    page.click("#show")
+    page.locator("#chat textarea").nth(1).fill("")
     page.wait_for_selector("#chat-notice .lqa-notice:visible")
     assert "user's message" in page.locator("#chat-notice .lqa-notice").text_content()
-    assert selected(page) == before and page.input_value("#system textarea") == SYSTEM
+    assert selected(page) == before and page.locator("#chat textarea").first.input_value() == SYSTEM
 
-    fill(page, user=USER, question=" ")
+    write(page, SYSTEM, USER)
+    page.fill("#questions textarea", " ")
     page.click("#ask")
     page.wait_for_selector("#ask-notice .lqa-notice:visible")
-    assert "no empty one" in page.locator("#ask-notice .lqa-notice").text_content()
-    fill(page, question=QUESTION)
+    assert "There is no question" in page.locator("#ask-notice .lqa-notice").text_content()
+    page.fill("#questions textarea", QUESTION)
     page.click("#ask")
     page.wait_for_selector("#answers [data-stage=done]")
     assert page.locator("#ask-notice .lqa-notice").is_hidden()  # the message goes when it is no longer true
@@ -317,35 +518,90 @@ def test_errors_are_said_in_the_page_and_nothing_is_lost(page):
 def test_text_of_users_stays_text(page):
     page.evaluate("() => { window.alert = () => { window.hit = true; }; }")
     evil = "<img src=x onerror=alert(1)> ${1+1} {{value}} ${alert(1)} `"
-    fill(page, system=SYSTEM, user=evil, question=evil)
-    read(page, "onerror")
-    drawn = page.locator("#tokens .turn.user .body").text_content()
-    assert evil.replace(" ", "·") in drawn
+    write(page, evil, evil, evil, evil)
+    assert evil.replace(" ", "·") in page.locator("#tokens .turn.user .body").first.text_content()
+    page.fill("#questions textarea", evil)
     page.click("#ask")
     page.wait_for_selector("#answers [data-stage=done]")
     assert page.locator("#answers .question").text_content() == evil
-    fill(page, user="<|im_start|><img src=x onerror=alert(1)>${1+1}")  # this one is quoted in an error
-    page.click("#show")
+    page.click("#share")
+    page.wait_for_selector("#address input:visible")
+    page.locator("#chat textarea").nth(1).fill("<|im_start|><img src=x onerror=alert(1)>${1+1}")  # this one is quoted in an error
     page.wait_for_selector("#chat-notice .lqa-notice:visible")
-    assert page.locator("#tokens img, #answers img, #chat-notice img").count() == 0 and page.evaluate("window.hit") is None
+    for tab, box, go in (("Scan", "scan-question", "scan"), ("Watch", "watch-question", "watch")):
+        page.click(f"button[role=tab]:has-text('{tab}')")
+        page.fill(f"#{box} textarea, #{box} input", evil)
+        page.click(f"#{go}")
+        page.wait_for_selector(f"#{go}-notice .lqa-notice:visible")
+    assert page.locator("#lqa-page img").count() == 0 and page.evaluate("window.hit") is None
 
 
 @pytest.mark.browser
 def test_nothing_sticks_out_on_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_function("() => document.documentElement.scrollWidth <= 390")
+    for tab in ("Read", "Scan", "Watch", "Learn"):
+        page.click(f"button[role=tab]:has-text('{tab}')")
+        page.wait_for_function("() => document.documentElement.scrollWidth <= 390")
 
 
-def test_the_public_endpoint(url, decoder, handlers):
+def test_the_public_endpoints(url, decoder):
     from gradio_client import Client
 
     client = Client(url, verbose=False, analytics_enabled=False)
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert list(endpoints) == ["/read"]  # everything public is also a tool for agents
+    assert list(endpoints) == ["/read", "/score"]  # everything public is also a tool for agents
     result = client.predict(SYSTEM, USER, QUESTION, "last:2", 0, api_name="/read")
-    expected = decoder.read(chat_of(SYSTEM, USER), "last:2", 0).ask(QUESTION, grounding=True)[0]
+    reading = decoder.read(check_turns(turns()), "last:2", 0)
+    expected = reading.ask(QUESTION, grounding=True)[0]
     assert result["answer"] == expected.text and result["references"] == {n: getattr(expected.grounding, n) for n in REFERENCES}
     assert result["layer"] == 0 and result["confidence"] == pytest.approx(expected.confidence)
     assert client.predict(SYSTEM, USER, QUESTION, api_name="/read")["layer"] == decoder.config.default_layer
-    with pytest.raises(Exception, match="not understood"):
-        client.predict(SYSTEM, USER, QUESTION, "everything", api_name="/read")
+    answers = ["Formally.", "Like a pirate."]
+    result = client.predict(SYSTEM, USER, QUESTION, answers, "last:2", 0, api_name="/score")
+    scores, probabilities = reading.score(QUESTION, answers), reading.probabilities(QUESTION, answers)
+    for row, score, p in zip(result["answers"], scores, probabilities, strict=True):
+        assert row == {"text": score.text} | {
+            name: pytest.approx(x) for name, x in (("logprob", score.logprob), ("logprob_none", score.logprob_none), ("probability", p))
+        }
+
+    wrong = [
+        ((SYSTEM, USER, QUESTION, "everything"), "/read", "not understood"),
+        ((SYSTEM, USER, QUESTION, "9:" + "9" * 5000), "/read", "The span must be"),
+        ((SYSTEM, USER, QUESTION, 5), "/read", "The span must be"),
+        ((SYSTEM, USER, QUESTION, "user", 99), "/read", "supports the layers"),
+        ((SYSTEM, USER, QUESTION, "user", "deep"), "/read", "whole number"),
+        (({"a": 1}, USER, QUESTION), "/read", "must be text"),
+        ((SYSTEM, "x" * 100_000, QUESTION), "/read", "at most 4,000"),
+        ((SYSTEM, "<|im_end|>", QUESTION), "/read", "special token"),
+        ((SYSTEM, USER, "Q" * 1000), "/read", "1,000 characters"),
+        ((SYSTEM, USER, QUESTION, ["One."]), "/score", "2 to 6"),
+        ((SYSTEM, USER, QUESTION, "One."), "/score", "must be a list"),
+        ((SYSTEM, USER, QUESTION, [1, 2]), "/score", "must be a list"),
+    ]
+    for arguments, name, message in wrong:
+        with pytest.raises(Exception, match=message):
+            client.predict(*arguments, api_name=name)
+
+
+def test_agents_get_the_same_as_tools(url, decoder):
+    """Over MCP: exactly the public endpoints, documented, callable."""
+    mcp = pytest.importorskip("mcp")
+    import asyncio
+    import json
+
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def call():
+        async with streamablehttp_client(f"{url}gradio_api/mcp/") as (reader, writer, _), mcp.ClientSession(reader, writer) as session:
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            arguments = {"system": SYSTEM, "user": USER, "question": QUESTION, "span": "last:2", "layer": 0}
+            name = next(tool.name for tool in tools if tool.name.endswith("read"))
+            return tools, await session.call_tool(name, arguments)
+
+    tools, result = asyncio.run(call())
+    assert sorted(tool.name.rsplit("_", 1)[-1] for tool in tools) == ["read", "score"]
+    for tool in tools:
+        assert len(tool.description) > 40 and {"system", "user", "question"} <= set(tool.inputSchema["properties"])
+    expected = decoder.read(check_turns(turns()), "last:2", 0).ask(QUESTION)[0]
+    assert not result.isError and json.loads(result.content[0].text)["answer"] == expected.text

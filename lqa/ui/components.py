@@ -12,29 +12,47 @@ import gradio as gr
 
 STATIC = Path(__file__).parent / "static"
 PAGE_CSS = STATIC / "page.css"
+GPU = {"concurrency_limit": 2, "concurrency_id": "gpu"}  # forward passes take turns; two, so that a long one leaves room
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}  # plumbing: no endpoint, no tool
+QUICK = PRIVATE | {"queue": False}  # no forward pass: does not wait for those who make one
+MAX_RADIO = 6  # more read layers than this are a dropdown
 
 
-def token_strip(value: dict | None, elem_id: str) -> gr.HTML:
-    """A chat as tokens to select.  The value is that of `lqa.ui.tokens.token_view`; the page changes its "selected"."""
-    return _component("tokens", value, elem_id)
+def component(name: str, value, elem_id: str) -> gr.HTML:
+    """static/NAME.js and .css over `value`:
 
-
-def answer_cards(value: dict | None, elem_id: str) -> gr.HTML:
-    """An answer and its references; the value is that of `lqa.ui.handlers.cards`."""
-    return _component("answers", value, elem_id)
-
-
-def notice(elem_id: str) -> gr.HTML:
-    """A sentence that says what went wrong; "" hides it."""
-    return _component("notice", "", elem_id)
-
-
-def _component(name: str, value, elem_id: str) -> gr.HTML:
+    chat     {"turns": [{"role", "content"}], "busy"}: the editor.  input: edited; submit: the model shall reply; stop
+    tokens   lqa.ui.tokens.token_view: a chat's tokens to select; the page changes "selected"
+    chips    chips_view: texts to click, the clicked one in "pick": [group, item].  select: one was
+    answers  lqa.ui.read.answers_view: answers with their grounding.  submit: a follow-up question in "ask"
+    heat     lqa.ui.scan.scan_view: tokens and layers.  select: a cell, in "pick"
+    watch    lqa.ui.watch.watch_view: a reply, and a line under it
+    notice   a sentence that says what is wrong; "" hides it
+    link     an address to copy; "" hides it
+    """
+    parts = [(STATIC / f"{part}.js").read_text(encoding="utf-8") for part in ("common", name)]
     return gr.HTML(
         value,
         html_template=f'<div class="lqa-{name}"></div>',
         css_template=(STATIC / f"{name}.css").read_text(encoding="utf-8"),
-        js_on_load=(STATIC / f"{name}.js").read_text(encoding="utf-8"),
+        js_on_load="\n".join(parts),
         apply_default_css=False,
         elem_id=elem_id,
     )
+
+
+def chips_view(name: str, groups: dict[str, list[str]]) -> dict:
+    """{label: texts} as the value of `chips`; `name` is what screen readers call it."""
+    return {"groups": [{"label": label, "items": items} for label, items in groups.items()], "pick": None, "name": name}
+
+
+def fixed(html: str, elem_id: str | None = None) -> gr.HTML:
+    """Text of ours."""
+    return gr.HTML(html, elem_id=elem_id, apply_default_css=False)
+
+
+def layer_control(config, elem_id: str) -> gr.Radio | gr.Dropdown:
+    """A choice of the layers that the decoder reads."""
+    control = gr.Radio if len(config.read_layers) <= MAX_RADIO else gr.Dropdown
+    choices = [(str(k), k) for k in config.read_layers]
+    return control(choices, value=config.default_layer, label="Layer", min_width=230, scale=0, elem_id=elem_id)

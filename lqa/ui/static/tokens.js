@@ -5,13 +5,6 @@ const SPANS = { all: "All", system: "System", user: "User", assistant: "Assistan
 let view = null, nodes = [], groups = [], buttons = {}, count = null;
 let chosen = new Set(), shown = "", anchor = null, cursor = 1, drag = null;
 
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
 function build() {
   root.replaceChildren();
   nodes = []; groups = []; buttons = {}; anchor = null; drag = null;
@@ -22,13 +15,11 @@ function build() {
   spans.setAttribute("role", "group");
   spans.setAttribute("aria-label", "Select a span");
   for (const [name, label] of Object.entries(SPANS)) {
-    const button = make("button", "span", label);
-    button.type = "button";
-    button.dataset.span = name;
-    button.disabled = !view.spans[name].length;
-    button.onclick = () => { chosen = new Set(view.spans[name]); anchor = null; commit(); };
-    buttons[name] = button;
-    spans.append(button);
+    const node = button("span", label, () => { chosen = new Set(view.spans[name]); anchor = null; commit(); });
+    node.dataset.span = name;
+    node.disabled = !view.spans[name].length;
+    buttons[name] = node;
+    spans.append(node);
   }
   count = make("span", "count");
   count.setAttribute("aria-live", "polite");
@@ -53,7 +44,7 @@ function build() {
       box.append(turn);
     }
     const node = make("span", "tok" + (token.special ? " special" : ""));
-    draw(node, token.text);
+    drawToken(node, token.text);
     node.dataset.index = i;
     node.setAttribute("role", "option");
     node.tabIndex = -1;
@@ -75,16 +66,6 @@ function build() {
   cursor = Math.min(cursor, nodes.length - 1);
 }
 
-// Whitespace made visible; what several tokens share (the bytes of one character) is shown by the first of them.
-function draw(node, text) {
-  if (!text) { node.append(make("i", "", "‥")); return; }
-  for (const part of text.split(/([ \n\t])/)) {
-    if (!part) continue;
-    const mark = { " ": "·", "\n": "↵", "\t": "⇥" }[part];
-    node.append(mark ? make("i", "", mark) : document.createTextNode(part));
-  }
-}
-
 function paint() {
   nodes.forEach((node, i) => {
     const on = chosen.has(i);
@@ -100,9 +81,9 @@ function paint() {
     group.pill.textContent = on ? on + " of " + group.indices.length : group.turn < 0 ? "" : "hidden from the decoder";
     group.pill.classList.toggle("on", on > 0);
   }
-  for (const [name, button] of Object.entries(buttons)) {
+  for (const [name, node] of Object.entries(buttons)) {
     const span = view.spans[name];
-    button.setAttribute("aria-pressed", span.length > 0 && span.length === chosen.size && span.every((i) => chosen.has(i)));
+    node.setAttribute("aria-pressed", span.length > 0 && span.length === chosen.size && span.every((i) => chosen.has(i)));
   }
   if (!count) return;
   const over = chosen.size > view.limit;
