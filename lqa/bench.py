@@ -375,7 +375,7 @@ def make_trainer(schedule: str, config_path: str, overrides: list[str], steps: i
 
 def _paper_trainer(trainer):
     """`trainer` with the paper's step (Pan et al. 2024, lit/train.py)."""
-    from train.collator import block_mask
+    from lqa.masks import block_mask
     from train.trainer import LatentQATrainer
 
     class PaperTrainer(LatentQATrainer):

@@ -37,7 +37,8 @@ def map_linearly(activations: Tensor, n: int) -> Tensor:
 def donor_activations(reading: Reading, donor: Reading | None = None) -> Tensor:
     """Another chat's activations at the same layer, conditioned, for the reading's slots: (N, D).  Without `donor`, the packaged one's."""
     # Hidden where the reading hides something too: the references must differ in content, not in kind.
-    donor = donor or reading.decoder.read(DONOR_CHAT, "turn:-1" if reading.conditioned else "all", reading.layer)
+    # Never steered: a steering of this thread would be in the donor's activations too.
+    donor = donor or reading.decoder._read(DONOR_CHAT, "turn:-1" if reading.conditioned else "all", reading.layer)
     if donor.layer != reading.layer:
         raise LqaError(f"The donor was read at layer {donor.layer}, the reading at layer {reading.layer}; they must be the same.")
     return map_linearly(donor.injected, len(reading.span))
