@@ -128,7 +128,7 @@ class LatentDecoder:
         rendered = self._render(chat)
         if rendered.chat[-1][0] == "assistant":
             raise LqaError("The chat ends with the assistant's turn; it needs a user's message to reply to.")
-        self._check_room(len(rendered), max_new_tokens)
+        self.check_room(len(rendered), max_new_tokens)
         prefix_ids, suffixes = engine.common_prefix([rendered.ids])
         session = self.base.target()
         with session() as model:
@@ -159,10 +159,11 @@ class LatentDecoder:
 
     def _render(self, chat: Chat) -> Rendered:
         rendered = render(self.base.tokenizer, chat)
-        self._check_room(len(rendered), 0)
+        self.check_room(len(rendered), 0)
         return rendered
 
-    def _check_room(self, tokens: int, new: int) -> None:
+    def check_room(self, tokens: int, new: int) -> None:
+        """Raises LqaError if `tokens` and `new` more do not fit the model's context."""
         if tokens + new > self.base.context:
             text = f"The chat has {tokens} tokens" + (f" and {new} more are asked for" if new else "")
             raise LqaError(f"{text}, but the model's context is {self.base.context}; shorten it.")

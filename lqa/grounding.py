@@ -54,7 +54,7 @@ def text_only(reading: Reading, questions: Sequence[str], max_new_tokens: int) -
     """The bare model's answers (adapter off) from the visible turns as text; one batch, the shared text run once."""
     decoder = reading.decoder
     ids = [render(decoder.base.tokenizer, text_only_chat(reading, q)).ids for q in questions]
-    decoder._check_room(max(map(len, ids)), max_new_tokens)
+    decoder.check_room(max(map(len, ids)), max_new_tokens)
     common, suffixes = engine.common_prefix(ids)
     with decoder.base.decoding() as model:
         prefix = engine.prefill(model, [common])
