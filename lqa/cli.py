@@ -142,6 +142,8 @@ def bench(options) -> None:
 
     if options.name == "read":
         result = benchmarks.bench_read(options.decoder, repeats=options.repeats)
+    elif options.name == "steer":
+        result = benchmarks.bench_steer(options.decoder, repeats=options.repeats)
     else:
         result = benchmarks.bench_train(options.config, repeats=options.repeats)
     _print(result) if options.json else print(benchmarks.format_bench(result))
@@ -304,7 +306,7 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=generate.run)
 
     sub = command("bench", bench, "Measure speed against named alternatives in the same run.")
-    sub.add_argument("name", choices=["read", "train"])
+    sub.add_argument("name", choices=["read", "train", "steer"])
     sub.add_argument("--config", default="train/configs/smollm2-135m-instruct.yaml", help="training config for `train`")
     sub.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds; medians are reported (default: 3)")
     sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")

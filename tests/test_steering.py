@@ -103,9 +103,9 @@ def test_gradient_is_that_of_the_formula(tiny_decoder, family, changes, hidden, 
 
         ids = torch.tensor([chat.ids])
         with torch.no_grad(), base.using() as model, Capture(base.blocks, [0, 1], stop=False) as bare:
-            p0 = model(input_ids=ids).logits[0, chat.span].log_softmax(-1)
+            p0 = model(input_ids=ids).logits[0, chat.places].log_softmax(-1)
         with base.using(training.name) as model, Capture(base.blocks, [0, 1], stop=False) as captured:
-            steered = model(input_ids=ids).logits[0, chat.span].log_softmax(-1)
+            steered = model(input_ids=ids).logits[0, chat.places].log_softmax(-1)
         expected_kl = F.kl_div(steered, p0, log_target=True, reduction="none").sum(-1).mean()
         losses = [plain_loss(decoder, captured[k][0, chat.span], bare[k][0, chat.span], k, hidden) for k in (0, 1)]
         assert control == pytest.approx(sum(losses).item() / 2, rel=1e-4)
@@ -191,7 +191,7 @@ def stop_by(error):
     [
         ({"cancel": iter([False, False, True]).__next__}, steering.Cancelled, "cancelled"),
         (stop_by(KeyError("page closed")), KeyError, "page closed"),
-        (stop_by(KeyboardInterrupt()), KeyboardInterrupt, ""),
+        (stop_by(KeyboardInterrupt("^C")), KeyboardInterrupt, "C"),
         (stop_by(torch.OutOfMemoryError("CUDA out of memory")), LqaError, "Memory ran out"),
         (stop_by(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")), LqaError, "Memory ran out"),
         (stop_by(RuntimeError("other")), RuntimeError, "other"),
@@ -496,6 +496,7 @@ def test_bad_input_is_a_sentence(tiny_decoder, arguments, message):
 def test_the_decoder_writes_pairs_that_beat_their_references(tiny_decoder, monkeypatch):
     decoder = tiny_decoder()
     control = "Speak like a pirate."
+    monkeypatch.setattr(pairs_module, "MARGIN", 1e-3)  # nothing that a random decoder says is well grounded
     found = steering.write_pairs(decoder, control, 5)
     assert 1 <= len(found) <= 5 and len({answer for _, answer in found}) == len(found)
     reading = decoder.read([{"role": "user", "content": control}])
@@ -516,8 +517,10 @@ def test_neutral_chats_are_many_and_nobody_elses(tiny):
     assert len({request.casefold().strip(" ?.!") for request in every}) == len(every)
     assert not set(every) & set(load_messages())
     base = tiny("smol")
+    rendered = render(base.tokenizer, [{"role": "user", "content": every[0]}])
     chat = Neutral.of(base, every[0], "turn:-1")
-    assert chat.span == resolve_span("turn:-1", render(base.tokenizer, [{"role": "user", "content": every[0]}]))
+    assert chat.span == resolve_span("turn:-1", rendered)
+    assert "".join(rendered.tokens[i + 1].text for i in chat.places) == every[0]
 
 
 # --- strength -----------------------------------------------------------------------------------------------------
@@ -543,9 +546,10 @@ def test_perplexity_is_of_the_replies_under_the_unsteered_model(steered):
 
 
 def test_auto_strength_is_the_largest_that_stays_below_the_ratio(steered):
-    _, one, _ = steered
+    decoder, one, _ = steered
     with torch.no_grad():
-        for p in one.decoder.base.adapter_parameters(one.adapter).values():
+        decoder.base.model.get_output_embeddings().weight.mul_(20)  # else a random model finds everything equally likely
+        for p in decoder.base.adapter_parameters(one.adapter).values():
             p.mul_(0.5)
     strength = steering.auto_strength(one, 1.5, most=2.0, requests=2)
     ratios = {float(x): r for x, r in one.record["strengths"].items()}

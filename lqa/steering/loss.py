@@ -96,6 +96,6 @@ class ControlLoss:
 
 
 def divergence(chat: Neutral, logprobs: Tensor) -> Tensor:
-    """KL( p_0 || p_theta ) in nats, mean over the chat's read tokens; log-probabilities (N, V) of the steered model."""
+    """KL( p_0 || p_theta ) in nats, mean over the chat's `places`; log-probabilities (M, V) of the steered model."""
     p0 = chat.logprobs.float()
     return (p0.exp() * (p0 - logprobs)).sum(-1).mean()

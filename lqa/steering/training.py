@@ -172,9 +172,12 @@ class Training:
         self.chats = [Neutral.of(self.base, request, settings.span) for request in draw.sample(neutral["train"], settings.chats)]
         self.held_out = [Neutral.of(self.base, request, settings.span) for request in neutral["held_out"][: settings.held_out]]
         self.best = float("inf")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.name = self.base.new_adapter(lora_config(self.base, max(self.layers), settings.rank))
+        self.name = self.base.new_adapter(lora_config(self.base, max(self.layers), settings.rank))
+        generator = torch.Generator().manual_seed(settings.seed)  # PEFT draws from torch's, which other threads use too
+        with torch.no_grad():
+            for key, p in self.base.adapter_parameters(self.name).items():
+                if "lora_A" in key:
+                    p.copy_(torch.nn.init.kaiming_uniform_(torch.empty(p.shape), a=5**0.5, generator=generator))
 
     def run(self, progress=None, cancel=None) -> list[Progress]:
         """Trains to the end, or to where held-out chats stop improving, and leaves the best state in the adapter."""
@@ -196,7 +199,8 @@ class Training:
                 for _ in range(settings.batch):
                     if not queue:
                         queue = order.sample(self.chats, len(self.chats))
-                    parts = self.backward(queue.pop(), 1 / settings.batch)
+                    with self.base.lock:  # through backward: where another thread loads an adapter, PEFT changes who takes gradients
+                        parts = self.backward(queue.pop(), 1 / settings.batch)
                     control, kl = control + parts[0] / settings.batch, kl + parts[1] / settings.batch
                 torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
                 optimizer.step()
