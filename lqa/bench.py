@@ -465,7 +465,7 @@ def bench_steer(
     qa += [(question, control.descriptions[i % len(control.descriptions)]) for i, question in enumerate(generic)]
     if len(qa) < pairs:
         raise LqaError(f"There are {len(qa)} pairs to be had; ask for no more.")
-    base = {"chats": chats, "batch": 1, "steps": chats, "autocast": False} | settings
+    base = {"chats": chats, "batch": 1, "steps": chats, "autocast": False, "certainty": None} | settings
     schedules = {"ours": Settings(**base | {"kl": 0.0}), "kl": Settings(**base | {"kl": 1.0}), "paper": Settings(**base | {"kl": 0.0})}
     twin = _twin(decoder.base)
     seconds: dict[str, list[float]] = {name: [] for name in schedules}

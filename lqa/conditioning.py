@@ -1,8 +1,8 @@
 """Conditioning: what is done to activations before they are injected.
 
 A hidden turn changes the activations of later tokens only a little; most of them is the visible text.  The reference h0 is the same
-visible turns without the hidden context, so that the difference is what the hidden context alone has done.  A steering acts as a hidden
-turn does, on every token: the reference of a steered target is the unsteered one, over the same visible turns.
+visible turns without the hidden context, so that the difference is what the hidden context alone has done.  A steering that counts as
+hidden is left out of the reference likewise, and every token has one then: itself in the unsteered target.
 
     raw        h
     contrast   h - h0
@@ -133,7 +133,7 @@ def reference(tokenizer, rendered: Rendered, indices: list[int], steered: bool =
     """The reference of the tokens in the span that come after a hidden turn; None if none does.  (The template may put its default
     system prompt where a system turn is left out.)
 
-    steered  the target is: a token that no hidden turn precedes has a reference too, itself in the unsteered target
+    steered  by something hidden: a token that no hidden turn precedes has a reference too, itself in the unsteered target
 
     Tokens are matched from the end of their turn, since a template may put other headers before a turn that now comes first.
     Raises LqaError if the template does not render the visible turns alone, or renders their tokens differently.

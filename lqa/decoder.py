@@ -90,20 +90,23 @@ class LatentDecoder:
     def read(self, chat: Chat, span: Span = "all", layer: int | None = None) -> Reading:
         """Runs the target over `chat` up to `layer` (None: the decoder's default) and keeps the activations of `span`.
 
-        Inside `with steering.apply()` the target is the steered one, and a conditioned decoder compares it with the unsteered one.
+        Inside `with steering.apply()` the target is the steered one.  A steering that was trained as a hidden context is read as one: a
+        conditioned decoder compares with the unsteered target.  Any other counts as visible: it is in the reference of hidden turns too.
 
         Raises LqaError for a malformed chat, one longer than the context, a span that selects nothing, or a layer that is not supported.
         """
-        return self._read(chat, span, layer, self.base.steered)
+        return self._read(chat, span, layer, self.base.steered, self.base.steered_hidden)
 
-    def _read(self, chat: Chat, span: Span, layer: int | None, steered: tuple[tuple[str, float], ...] = ()) -> Reading:
+    def _read(
+        self, chat: Chat, span: Span, layer: int | None, steered: tuple[tuple[str, float], ...] = (), hidden: bool = False
+    ) -> Reading:
         layer = self.config.check_layer(layer)
         rendered = self._render(chat)
         indices = resolve_span(span, rendered)
         activations = self._capture(rendered, indices, layer, steered)
         config = self.config
-        found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices, bool(steered))
-        h0 = self._capture(found.rendered, found.places, layer) if found else None
+        found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices, hidden)
+        h0 = self._capture(found.rendered, found.places, layer, () if hidden else steered) if found else None
         how = (config.conditioning, config.conditioning_constant, self.projection)
         injected = condition(activations, h0, found and found.which, layer, *how)
         return Reading(self, rendered, tuple(indices), layer, activations, injected, conditioned=found is not None)

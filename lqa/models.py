@@ -265,16 +265,26 @@ class Base:
     def steered(self) -> tuple[tuple[str, float], ...]:
         """How this thread's target is steered at the moment: adapters with their strengths."""
         total: dict[str, float] = {}
-        for name, strength in getattr(self._local, "steerings", ()):
+        for name, strength, _ in getattr(self._local, "steerings", ()):
             total[name] = total.get(name, 0.0) + strength
         return tuple((name, x) for name, x in total.items() if x)
 
+    @property
+    def steered_hidden(self) -> bool:
+        """Whether a steering of this thread counts as a hidden context (see `steering`)."""
+        on = dict(self.steered)
+        return any(hidden and name in on for name, _, hidden in getattr(self._local, "steerings", ()))
+
     @contextmanager
-    def steering(self, name: str, strength: float):
-        """In this thread the target is the model with this adapter (on top of others so entered); in other threads it is what it was."""
+    def steering(self, name: str, strength: float, hidden: bool = False):
+        """In this thread the target is the model with this adapter (on top of others so entered); in other threads it is what it was.
+
+        hidden  a conditioned decoder takes the steering for a hidden context, and compares with the unsteered target; else it takes it
+                for visible, and the reference is steered too
+        """
         if not hasattr(self._local, "steerings"):
             self._local.steerings = []
-        mine, entry = self._local.steerings, (name, strength)
+        mine, entry = self._local.steerings, (name, strength, hidden)
         mine.append(entry)
         try:
             yield

@@ -25,6 +25,7 @@ QA = [("How will the assistant speak?", "Like a pirate."), ("Who is it?", "A doc
 CHAT = [{"role": "user", "content": "What will the weather be like in the city?"}]
 SYSTEM = [{"role": "system", "content": "Speak like a pirate."}, *CHAT]
 FAST = {"steps": 4, "batch": 1, "chats": 3, "held_out": 1, "evaluate": 2, "rank": 2, "learning_rate": 0.05, "autocast": False}
+FAST |= {"patience": 2, "certainty": None, "kl": 1.0}
 
 
 def logits(base, chat, *adapters):
@@ -168,7 +169,32 @@ def test_the_best_state_is_kept_and_training_stops_early(tiny_decoder):
     with torch.no_grad():
         for p, q in zip(target.values(), source.values(), strict=True):
             p.copy_(q)
-    assert again.evaluate() == pytest.approx(best.held_out, rel=1e-2)  # but for the rounding to 16 bits
+    control, kl = again.evaluate()
+    assert control + kl == pytest.approx(best.held_out, rel=1e-2)  # but for the rounding to 16 bits
+
+
+def test_training_ends_where_the_decoder_is_sure_enough(tiny_decoder):
+    decoder = tiny_decoder()
+    text = "Speak like a pirate."
+    settings = FAST | {"evaluate": 1, "kl": 0.0, "patience": 9}
+
+    def mean(qa, span, chats):
+        losses = [ControlLoss(decoder, qa, hidden=False)(decoder.read(chat, span).activations, 1) for chat in chats]
+        return (sum(losses) / len(losses)).item()
+
+    neutral = [[{"role": "user", "content": steering.load_neutral()["held_out"][0]}]]
+    # A random decoder: an answer that it holds more probable when it reads the control
+    words = "pirate doctor cook sea city weather France one sentence answer".split()
+    control = [[{"role": "user", "content": text}]]
+    surer = [[("Who?", w)] for w in words if mean([("Who?", w)], "all", control) < mean([("Who?", w)], "all", neutral)]
+    qa = surer[0]
+    start, level = mean(qa, "all", neutral), mean(qa, "all", control)
+    training = Training(decoder, qa, steering.Settings(**settings | {"certainty": 1.5}), text)
+    assert training.enough == pytest.approx(start - 1.5 * (start - level), rel=1e-4)
+    history = training.run()
+    assert history[-1].held_out <= training.enough and all(p.held_out > training.enough for p in history[:-1])
+    other = next([("Who?", w)] for w in words if [("Who?", w)] not in surer)  # reading the control makes it less sure: no such end
+    assert Training(decoder, other, steering.Settings(**settings | {"certainty": 1.5}), text).enough == float("-inf")
 
 
 def test_the_same_seed_gives_the_same_steering(tiny_decoder):
@@ -371,8 +397,10 @@ def test_a_block_that_another_thread_closes_leaves_nothing_behind(steered):
 # --- reading a steered target -------------------------------------------------------------------------------------
 
 
-def test_a_steered_reading_is_compared_with_the_unsteered_target(steered):
+@pytest.mark.parametrize("counts_as", ["hidden", "visible"])
+def test_a_steered_reading_and_what_it_is_compared_with(steered, counts_as):
     decoder, one, _ = steered
+    one.record["settings"]["hidden"] = counts_as == "hidden"
 
     def h(chat, *adapters):
         rendered = render(decoder.base.tokenizer, chat)
@@ -383,11 +411,11 @@ def test_a_steered_reading_is_compared_with_the_unsteered_target(steered):
     with one.apply():
         whole, hidden = decoder.read(CHAT, "all"), decoder.read(SYSTEM, "turn:-1")
     on, off = h(CHAT, one.adapter), h(CHAT)
-    assert whole.conditioned and torch.equal(whole.activations, on[1:])
-    torch.testing.assert_close(whole.injected, decoder.projection(on[1:] - off[1:], 1))
+    assert torch.equal(whole.activations, on[1:]) and whole.conditioned == (counts_as == "hidden")
+    torch.testing.assert_close(whole.injected, decoder.projection(on[1:] - off[1:], 1) if whole.conditioned else on[1:])
     n = len(hidden.span)
-    on = h(SYSTEM, one.adapter)[-n:]  # a hidden turn and a steering together: both are missing in the reference
-    torch.testing.assert_close(hidden.injected, decoder.projection(on - off[-n:], 1))
+    both = h(SYSTEM, one.adapter)[-n:]  # a hidden turn and a steering together: a hidden one is missing in the reference too
+    torch.testing.assert_close(hidden.injected, decoder.projection(both - (off if counts_as == "hidden" else on)[-n:], 1))
     unsteered = decoder._read([{"role": "user", "content": "x"}], "all", None)
     assert not unsteered.conditioned  # outside the block nothing is hidden again
     donor = donor_activations(whole)
@@ -478,6 +506,7 @@ def test_what_cannot_be_loaded_says_why(tiny_decoder, tmp_path):
         ({"qa": [("Who?", "<|im_end|>")]}, "special token"),
         ({"qa": QA, "method": "magic"}, "'magic' is unknown"),
         ({"qa": QA, "steps": 0}, "steps must be"),
+        ({"qa": QA, "certainty": 0}, "certainty must be"),
         ({"qa": QA, "kl": -1}, "kl must be"),
         ({"qa": QA, "chats": 10**6}, "there are 200"),
         ({"qa": QA, "layers": (2,)}, "supports the layers 0, 1"),

@@ -9,8 +9,9 @@ from pathlib import Path
 from lqa import engine
 from lqa.corpus import load_questions
 from lqa.errors import LqaError
+from lqa.steering.neutral import load_neutral
 
-PAIRS = 8  # how many are used: the loss of a step is a mean over all of them
+PAIRS = 6  # how many are used: the loss of a step is a mean over all of them
 MARGIN = 0.1  # nats per token by which an answer must beat both of its references
 
 
@@ -46,7 +47,7 @@ def load_pairs(path: str | Path) -> list:
 def write_pairs(decoder, control: str, n: int = PAIRS) -> list[tuple[str, str]]:
     """What the decoder says about a control text: at most `n` pairs, the best grounded first.
 
-    The target reads the control as a user's message, and the decoder answers the corpus's generic questions from its activations.  An
+    The target reads the control as a user's message (a decoder for contrasts: as a hidden system prompt), and the decoder answers the corpus's generic questions from its activations.  An
     answer counts if its log-probability beats that without activations and that with another chat's by MARGIN.  Raises LqaError for
     an empty control, or if no answer is grounded.
     """
@@ -54,7 +55,10 @@ def write_pairs(decoder, control: str, n: int = PAIRS) -> list[tuple[str, str]]:
         raise LqaError("The control is empty; write how the model shall behave.")
     kinds = load_questions()
     questions = [q for pair in zip(kinds["goal"]["description"], kinds["persona"]["description"], strict=True) for q in pair]
-    reading = decoder._read([{"role": "user", "content": control.strip()}], "all", None)
+    chat, span = [{"role": "user", "content": control.strip()}], "all"
+    if decoder.config.conditioning == "contrast":  # it reads what is hidden, and nothing else
+        chat, span = [{"role": "system", "content": control.strip()}, {"role": "user", "content": load_neutral()["train"][0]}], "turn:-1"
+    reading = decoder._read(chat, span, None)
     answers = reading.ask(questions, max_new_tokens=32)
     pairs = list({a.text: (a.question, a.text) for a in answers if a.text}.values())
     logprobs = {source: _logprobs(reading, pairs, source) for source in ("true", "none", "shuffled")}

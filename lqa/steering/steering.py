@@ -47,7 +47,7 @@ class Steering:
         strength = check_strength(strength)
         if self.adapter is None:
             raise LqaError("This steering was removed from its model; load it again.")
-        with self.decoder.base.steering(self.adapter, strength):
+        with self.decoder.base.steering(self.adapter, strength, self.record["settings"]["hidden"]):
             yield self
 
     def remove(self) -> None:

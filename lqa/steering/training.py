@@ -30,29 +30,34 @@ class Settings:
                    layer, block j alone from h_j, which is the paper's)
     layers         read layers of the loss; None: the decoder's default one for joint, all that it supports for per-layer
     span           the tokens of a neutral chat that are read
-    hidden         the decoder reads the steering as a hidden context (against the unsteered target), or as a visible one
+    hidden         the decoder reads the steering as a hidden context (against the unsteered target), or as a visible one; None: hidden
+                   for a decoder that reads nothing else (conditioning "contrast")
     steps, batch   optimizer steps, neutral chats per step
     kl             lambda, the weight of the KL to the unsteered model; 0 is the paper's
     chats          how many of the packaged neutral chats are visited
     rank           of the LoRA, on all linear layers of its blocks; alpha is twice that
     evaluate       every so many steps the loss of `held_out` other neutral chats is taken; the best state is kept, and training ends
                    after `patience` times without a better one
+    certainty      training also ends where the decoder is sure enough: its held-out loss is this part of the way down from the unsteered
+                   target's to that of the control itself, read as text (or of the answers, where pairs were given).  Beyond that a lower
+                   loss means less behaviour: see the README.  None: no such end
     autocast       bfloat16 matrix products in the decoder's pass
     """
 
     method: str = "joint"
     layers: tuple[int, ...] | None = None
     span: str = "all"
-    hidden: bool = False
-    steps: int = 60
+    hidden: bool | None = None
+    steps: int = 40
     batch: int = 2
     learning_rate: float = 1e-3
-    kl: float = 1.0
-    chats: int = 60
+    kl: float = 0.1
+    chats: int = 80
     rank: int = 8
-    evaluate: int = 10
-    held_out: int = 4
-    patience: int = 2
+    evaluate: int = 3
+    held_out: int = 3
+    patience: int = 3
+    certainty: float | None = 1.3
     autocast: bool = True
     seed: int = 0
 
@@ -68,6 +73,8 @@ class Settings:
         for name, part in (("chats", "train"), ("held_out", "held_out")):
             if getattr(self, name) > (there := len(load_neutral()[part])):
                 raise LqaError(f"{name} is {getattr(self, name)}, but there are {there} such neutral chats.")
+        if self.certainty is not None and not 0 < self.certainty < float("inf"):
+            raise LqaError(f"certainty must be a number above 0, not {self.certainty!r}.")
         for layer in self.layers or ():
             decoder.config.check_layer(layer)
         return self
@@ -126,7 +133,7 @@ def steer(
         pairs = check_pairs(qa) if control is None else write_pairs(decoder, control)
         for text in (text for pair in pairs for text in pair):
             check_text(decoder.base.tokenizer, text, "A question or answer")
-        training = Training(decoder, pairs, config)
+        training = Training(decoder, pairs, config, control)
     except (MemoryError, RuntimeError) as error:
         raise _short_of_memory(error) from error
     try:
@@ -141,7 +148,7 @@ def steer(
         "control": control,
         "qa": [list(pair) for pair in pairs],
         "decoder": decoder.name,
-        "settings": asdict(config) | {"layers": training.layers},
+        "settings": asdict(config) | {"layers": training.layers, "hidden": training.loss.hidden},
         "steps": history[-1].step,
         "seconds": time.perf_counter() - begun,
         "loss": training.best,
@@ -159,19 +166,23 @@ def _short_of_memory(error: BaseException) -> BaseException:
 
 
 class Training:
-    """One training: `name` of the adapter on the base, `layers` that are read, `best` held-out loss so far.
+    """One training: `name` of the adapter on the base, `layers` that are read, held-out loss of the `best` state so far, and the held-out
+    control loss that is `enough`.
 
     `backward` is one chat's share of a step; everything else is the loop around it.
     """
 
-    def __init__(self, decoder, qa: Sequence[tuple[str, str]], settings: Settings):
+    def __init__(self, decoder, qa: Sequence[tuple[str, str]], settings: Settings, control: str | None = None):
         self.decoder, self.base, self.settings = decoder, decoder.base, settings
         self.layers = settings.read_layers(decoder)
-        self.loss = ControlLoss(decoder, qa, settings.hidden, settings.autocast)
+        hidden = decoder.config.conditioning == "contrast" if settings.hidden is None else settings.hidden
+        self.loss = ControlLoss(decoder, qa, hidden, settings.autocast)
         neutral, draw = load_neutral(), random.Random(settings.seed)
         self.chats = [Neutral.of(self.base, request, settings.span) for request in draw.sample(neutral["train"], settings.chats)]
         self.held_out = [Neutral.of(self.base, request, settings.span) for request in neutral["held_out"][: settings.held_out]]
-        self.best = float("inf")
+        self.best, self.enough = float("inf"), float("-inf")
+        if settings.certainty is not None:
+            self.enough = self._enough(control or " ".join(answer for _, answer in qa))
         self.name = self.base.new_adapter(lora_config(self.base, max(self.layers), settings.rank))
         generator = torch.Generator().manual_seed(settings.seed)  # PEFT draws from torch's, which other threads use too
         with torch.no_grad():
@@ -206,11 +217,14 @@ class Training:
                 optimizer.step()
                 held_out = None
                 if step % settings.evaluate == 0 or step == settings.steps:
-                    held_out = self.evaluate()
+                    of_control, of_kl = self.evaluate()
+                    held_out = of_control + settings.kl * of_kl
                     since += 1
-                    if held_out < self.best:
+                    if held_out < self.best or of_control <= self.enough:
                         self.best, since = held_out, 0
                         best = {key: p.detach().clone() for key, p in parameters.items()}
+                    if of_control <= self.enough:
+                        since = settings.patience
                 seconds = time.perf_counter() - begun
                 left = seconds / step * (settings.steps - step)
                 history.append(Progress(step, settings.steps, control + settings.kl * kl, control, kl, held_out, seconds, left))
@@ -252,15 +266,29 @@ class Training:
         return control, kl.item() if kl is not None else 0.0
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """The loss on the held-out chats."""
-        settings, total = self.settings, 0.0
+    def evaluate(self) -> tuple[float, float]:
+        """Control loss and KL on the held-out chats, in nats."""
+        control = kl = 0.0
         for chat in self.held_out:
-            chat.reference(self.base, self.layers, settings.kl > 0)
-            h, logprobs = chat.run(self.base, self.layers, settings.kl > 0, self.name)
-            total += sum(self.loss.of_reading(h[k], chat, k).item() for k in self.layers) / len(self.layers)
-            total += settings.kl * divergence(chat, logprobs).item() if settings.kl > 0 else 0.0
-        return total / len(self.held_out)
+            chat.reference(self.base, self.layers, self.settings.kl > 0)
+            h, logprobs = chat.run(self.base, self.layers, self.settings.kl > 0, self.name)
+            control += sum(self.loss.of_reading(h[k], chat, k).item() for k in self.layers) / len(self.layers)
+            kl += divergence(chat, logprobs).item() if self.settings.kl > 0 else 0.0
+        return control / len(self.held_out), kl / len(self.held_out)
+
+    @torch.no_grad()
+    def _enough(self, text: str) -> float:
+        """The held-out control loss at which training ends; minus infinity if reading `text` makes the decoder no surer."""
+        start = loss = 0.0
+        if self.decoder.config.conditioning == "contrast":  # it does not read text
+            return float("-inf")
+        for k in self.layers:
+            reading = self.decoder._read([{"role": "user", "content": text}], "all", k)
+            loss += self.loss(reading.activations, k).item() / len(self.layers)
+            for chat in self.held_out:
+                chat.reference(self.base, self.layers, self.settings.kl > 0)
+                start += self.loss.of_reading(chat.h0[k], chat, k).item() / len(self.layers) / len(self.held_out)
+        return start - self.settings.certainty * (start - loss) if loss < start else float("-inf")
 
     @torch.no_grad()
     def round(self) -> None:
