@@ -1,8 +1,8 @@
-"""Benchmarks: reading and training, each against named alternatives that are measured in the same run.
+"""Benchmarks: reading, training and steering, each against named alternatives that are measured in the same run.
 
-`bench_read` and `bench_train` return {schedule: {"seconds": [one per round], "ratio": x, "ratio_is": what x divides, ...}}; with a
-limit, "target" and "met" stand beside the ratio.  Schedules alternate within a run, so that a drifting machine slows all of them
-alike, and ratios are of medians.  Progress goes to stderr.
+`bench_read`, `bench_train` and `bench_steer` return {schedule: {"seconds": [one per round], "ratio": x, "ratio_is": what x divides,
+...}}; with a limit, "target" and "met" stand beside the ratio.  Schedules alternate within a run, so that a drifting machine slows all
+of them alike, and ratios are of medians.  Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ CHAT = [
 SPAN = "user"
 
 READ_TARGETS = {"paper": (">=", 10.0), "generate": ("<=", 1.0)}
+STEER_TARGETS = {"paper": (">=", 2.0)}
 TRAIN_TARGETS = {"paper": (">=", 1.4), "sft": ("<=", 1.25)}
 MEMORY_TARGET = ("<=", 1.2)
 TRAIN_SCHEDULES = ("ours", "packed", "paper", "sft")
@@ -375,7 +376,7 @@ def make_trainer(schedule: str, config_path: str, overrides: list[str], steps: i
 
 def _paper_trainer(trainer):
     """`trainer` with the paper's step (Pan et al. 2024, lit/train.py)."""
-    from train.collator import block_mask
+    from lqa.masks import block_mask
     from train.trainer import LatentQATrainer
 
     class PaperTrainer(LatentQATrainer):
@@ -431,6 +432,109 @@ def _peak_mb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# --- steering --------------------------------------------------------------------------------------------------------
+
+
+def bench_steer(
+    decoder_source: str | Path | LatentDecoder | None = None, *, chats: int = 4, pairs: int = 8, repeats: int = 3, **settings
+) -> dict[str, dict]:
+    """Times the training of a steering by the joint method on the same gradient examples: every one of `pairs` question-answer pairs (of
+    an authored control) with every one of `chats` neutral chats, float32 throughout.
+
+    ours    one target pass a chat, stopped at the read layer; all pairs as branches behind one prefix, logits at answer tokens; what the
+            decoder computes before its write layer kept.  The KL is off, as the paper has none
+    kl      the same with the KL: its target passes run through all layers, those of the unsteered model included.
+            ratio = seconds(kl) / seconds(ours): what the KL costs
+    paper   the released routine of Pan et al. 2024: two copies of the weights; for every example the target through all layers and the
+            decoder's whole prompt, logits at every position of both, and an optimizer step.
+            ratio = seconds(paper) / seconds(ours): so many times slower than ours
+
+    A round begins with a fresh LoRA and with nothing kept from before.
+    """
+    from lqa.corpus import load_controls, load_questions
+    from lqa.steering.training import Settings
+
+    if min(chats, pairs, repeats) < 1:
+        raise LqaError("The numbers of chats, pairs and rounds must each be at least 1.")
+    decoder = decoder_source if isinstance(decoder_source, LatentDecoder) else LatentDecoder.from_pretrained(decoder_source)
+    control = load_controls()[0]
+    generic = load_questions()[control.id.split("-")[0]]["description"]
+    qa = [(pair.question, pair.answer) for pair in control.qa]
+    qa += [(question, control.descriptions[i % len(control.descriptions)]) for i, question in enumerate(generic)]
+    if len(qa) < pairs:
+        raise LqaError(f"There are {len(qa)} pairs to be had; ask for no more.")
+    base = {"chats": chats, "batch": 1, "steps": chats, "autocast": False, "certainty": None} | settings
+    schedules = {"ours": Settings(**base | {"kl": 0.0}), "kl": Settings(**base | {"kl": 1.0}), "paper": Settings(**base | {"kl": 0.0})}
+    twin = _twin(decoder.base)
+    seconds: dict[str, list[float]] = {name: [] for name in schedules}
+    _say(f"steer: {chats} chats x {pairs} pairs")
+    for i in range(repeats):
+        for name in schedules if i % 2 == 0 else reversed(schedules):
+            seconds[name].append(_steer_once(decoder, twin if name == "paper" else None, qa[:pairs], schedules[name])[0])
+            _say(f"  {name:7} {seconds[name][-1]:8.2f} s")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        "ours": _judged(1.0, "ours itself"),
+        "kl": _judged(medians["kl"] / medians["ours"], "seconds(kl) / seconds(ours)"),
+        "paper": _judged(medians["paper"] / medians["ours"], "seconds(paper) / seconds(ours)", STEER_TARGETS["paper"]),
+    }
+    examples = chats * pairs
+    return {
+        name: {"seconds": seconds[name]} | ratios[name] | {"examples": examples, "examples_per_second": examples / medians[name]}
+        for name in schedules
+    }
+
+
+def _steer_once(decoder: LatentDecoder, twin: Base | None, qa: list[tuple[str, str]], settings) -> tuple[float, list[Tensor]]:
+    """(seconds, the gradient summed over all examples at the LoRA's beginning) of one round; with a twin, by the paper's schedule."""
+    from lqa.steering.training import Training
+
+    training = Training(decoder, qa, settings)
+    try:
+        with decoder.base.training(training.name) as parameters:
+            optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)  # its work, and every gradient at one place
+            total = [torch.zeros_like(p) for p in parameters.values()]
+
+            def step() -> None:
+                for sum_, p in zip(total, parameters.values(), strict=True):
+                    sum_ += p.grad
+                optimizer.step()
+                optimizer.zero_grad()
+
+            start = _now()
+            for chat in training.chats:
+                if twin is None:
+                    training.backward(chat, 1.0)
+                    step()
+                    continue
+                for pair in qa:
+                    _paper_loss(decoder, twin, training, chat, pair).backward()
+                    step()
+            return _now() - start, total
+    finally:
+        decoder.base.remove_adapter(training.name)
+
+
+def _paper_loss(decoder: LatentDecoder, twin: Base, training, chat, pair: tuple[str, str]) -> Tensor:
+    """One example's loss: mean per token of the answer, in nats, divided by the number of pairs as `ours` does."""
+    from lqa.config import IGNORE
+
+    base, config, (layer,) = decoder.base, decoder.config, training.layers
+    with base.using(training.name) as model, Capture(base.blocks, [layer], stop=False) as captured:
+        model(input_ids=torch.tensor([chat.ids], device=base.device), use_cache=False)
+    h = captured[layer][0, chat.span]
+    if training.loss.hidden:
+        if chat.h0 is None:
+            chat.reference(base, [layer], False)
+        h = condition(h, chat.h0[layer], None, layer, config.conditioning, config.conditioning_constant, decoder.projection)
+    row = config.prompt.row(base.tokenizer, config.slot_token_id, len(h), [layer], [pair])
+    ids, slots, labels = (torch.tensor([row[key]], device=base.device) for key in ("input_ids", "slots", "labels"))
+    with twin.using(decoder.adapter) as model, Injection(twin, config.write_layer, config.operation) as injection:
+        with injection.armed(slots, h):
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    return torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=IGNORE) / len(training.loss.qa)
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

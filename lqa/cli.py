@@ -1,4 +1,4 @@
-"""The command line: `python -m lqa ask | score | chat | eval | data | bench`.  Bad input: one sentence on stderr, exit code 2."""
+"""The command line: `python -m lqa ask | score | steer | chat | eval | data | bench`.  Bad input: one sentence on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -73,12 +73,53 @@ def score(options) -> None:
         print(f"{s.logprob:10.3f} {s.logprob_none:21.3f}   {s.text}")
 
 
-def chat(options) -> None:
-    messages = _chat(options)
-    decoder = _decoder(options)
+def steer(options) -> None:
+    from lqa.steering import check_pairs, load_pairs
+
+    if (options.control is None) == (options.qa is None):
+        raise LqaError("Give either --control TEXT or --qa FILE.json.")
+    if options.control is not None and not options.control.strip():
+        raise LqaError("The control is empty; write how the model shall behave.")
+    pairs = check_pairs(load_pairs(options.qa)) if options.qa is not None else None
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # found out now, not after the training
+    except OSError as error:
+        raise LqaError(f"The folder {out} cannot be made ({error}); name another one with --out.") from error
+    settings = {name: value for name in ("method", "steps") if (value := getattr(options, name)) is not None}
+
+    def progress(p) -> None:
+        found = f"step {p.step}/{p.steps}  loss {p.loss:.3f} (decoder {p.control:.3f}, KL {p.kl:.3f})"
+        found += f"  held out {p.held_out:.3f}" if p.held_out is not None else ""
+        print(f"{found}  {p.seconds_left:.0f} s left", file=sys.stderr, flush=True)
+
+    steering = _decoder(options).steer(options.control, pairs, progress=progress, **settings)
+    steering.save(out)
+    record = steering.record
     if options.json:
-        return _print({"reply": decoder.generate(messages, max_new_tokens=options.max_new_tokens)})
-    for piece in decoder.stream_reply(messages, max_new_tokens=options.max_new_tokens):
+        return _print({"out": options.out, **{key: record[key] for key in ("steps", "seconds", "loss", "qa")}})
+    for question, answer in record["qa"]:
+        print(f"Q: {question}\nA: {answer}")
+    print(f"{options.out}: {record['steps']} steps in {record['seconds']:.0f} s, held-out loss {record['loss']:.3f}")
+
+
+def chat(options) -> None:
+    from contextlib import nullcontext
+
+    messages = _chat(options)
+    if options.strength is not None:
+        from lqa.steering import check_strength
+
+        if options.steering is None:
+            raise LqaError("--strength is the strength of a steering; name one with --steering DIR.")
+        check_strength(options.strength)
+    decoder = _decoder(options)
+    strength = {} if options.strength is None else {"strength": options.strength}
+    with decoder.load_steering(options.steering).apply(**strength) if options.steering is not None else nullcontext():
+        pieces = decoder.stream_reply(messages, max_new_tokens=options.max_new_tokens)
+    if options.json:
+        return _print({"reply": "".join(pieces).strip()})
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
@@ -101,6 +142,8 @@ def bench(options) -> None:
 
     if options.name == "read":
         result = benchmarks.bench_read(options.decoder, repeats=options.repeats)
+    elif options.name == "steer":
+        result = benchmarks.bench_steer(options.decoder, repeats=options.repeats)
     else:
         result = benchmarks.bench_train(options.config, repeats=options.repeats)
     _print(result) if options.json else print(benchmarks.format_bench(result))
@@ -200,8 +243,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-q", "--question", required=True, metavar="Q", help="the question")
     sub.add_argument("--answer", action="append", required=True, metavar="A", help="an answer to score; give several to compare")
 
-    sub = command("chat", chat, "Let the target itself reply to a chat.")
+    sub = command("steer", steer, "Train a steering: say how the target shall behave, and the decoder's loss makes it so.")
+    sub.add_argument("--control", metavar="TEXT", help="how the target shall behave")
+    sub.add_argument("--qa", metavar="FILE.json", help="instead: a list of [question, answer], what the decoder shall say of the target")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where to write the steering")
+    sub.add_argument("--method", choices=["joint", "per-layer"], help="one loss, or one for each part of the blocks (default: joint)")
+    sub.add_argument("--steps", type=int, metavar="N", help="at most so many optimizer steps")
+    sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+
+    sub = command("chat", chat, "Let the target itself reply to a chat, steered or not.")
     chat_flags(sub)
+    sub.add_argument("--steering", metavar="DIR", help="a steering's folder")
+    sub.add_argument("--strength", metavar="X", help="how strongly: 0 is the unsteered model, 1 the steering as trained (default: 1)")
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest reply in tokens (default: 128)")
 
     sub = command("eval", evaluate, "Evaluate a decoder against its references; `eval report DIR ...` prints results again.")
@@ -253,7 +306,7 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=generate.run)
 
     sub = command("bench", bench, "Measure speed against named alternatives in the same run.")
-    sub.add_argument("name", choices=["read", "train"])
+    sub.add_argument("name", choices=["read", "train", "steer"])
     sub.add_argument("--config", default="train/configs/smollm2-135m-instruct.yaml", help="training config for `train`")
     sub.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds; medians are reported (default: 3)")
     sub.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")

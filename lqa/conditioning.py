@@ -1,7 +1,8 @@
 """Conditioning: what is done to activations before they are injected.
 
 A hidden turn changes the activations of later tokens only a little; most of them is the visible text.  The reference h0 is the same
-visible turns without the hidden context, so that the difference is what the hidden context alone has done.
+visible turns without the hidden context, so that the difference is what the hidden context alone has done.  A steering that counts as
+hidden is left out of the reference likewise, and every token has one then: itself in the unsteered target.
 
     raw        h
     contrast   h - h0
@@ -128,9 +129,11 @@ class Reference(NamedTuple):
     which: list[int]  # positions in the span, ascending
 
 
-def reference(tokenizer, rendered: Rendered, indices: list[int]) -> Reference | None:
+def reference(tokenizer, rendered: Rendered, indices: list[int], steered: bool = False) -> Reference | None:
     """The reference of the tokens in the span that come after a hidden turn; None if none does.  (The template may put its default
     system prompt where a system turn is left out.)
+
+    steered  by something hidden: a token that no hidden turn precedes has a reference too, itself in the unsteered target
 
     Tokens are matched from the end of their turn, since a template may put other headers before a turn that now comes first.
     Raises LqaError if the template does not render the visible turns alone, or renders their tokens differently.
@@ -138,7 +141,7 @@ def reference(tokenizer, rendered: Rendered, indices: list[int]) -> Reference | 
     hidden = hidden_turns(rendered, indices)
     visible = [turn for turn in range(len(rendered.chat)) if turn not in hidden]
     if not visible or not any(turn < visible[-1] for turn in hidden):
-        return None
+        return Reference(rendered, list(indices), list(range(len(indices)))) if steered else None
     try:
         alone = render(tokenizer, [{"role": rendered.chat[t][0], "content": rendered.chat[t][1]} for t in visible])
     except LqaError as error:
@@ -148,6 +151,9 @@ def reference(tokenizer, rendered: Rendered, indices: list[int]) -> Reference | 
     for n, i in enumerate(indices):
         turn = rendered.tokens[i].turn
         if not any(other < turn for other in hidden):
+            if steered and i < len(alone) and alone.ids[i] == rendered.ids[i]:  # the two chats begin alike
+                places.append(i)
+                which.append(n)
             continue
         own, other = here[turn], there[visible.index(turn)]
         place = len(other) - (len(own) - own.index(i))

@@ -14,10 +14,12 @@ from lqa.chat import _closing, _common_prefix, _header, _skeleton
 from lqa.conditioning import check_conditioning
 from lqa.errors import LqaError
 from lqa.injection import Operation
+from lqa.masks import PREFIX
 
 SIDECAR = "lqa_config.json"
 SCHEMA_VERSION = 1
 POSITIONS = ("sequential",)
+IGNORE = -100  # the label of a token that is not scored
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,23 @@ class Prompt:
         """What stands between an answer with its `end` and the next question: the template's opening of another user turn."""
         between = _skeleton(tokenizer, [{"role": role, "content": ""} for role in ("user", "assistant", "user")], False)[2]
         return between[_closing(tokenizer, between, self.end) :]
+
+    def row(self, tokenizer, slot_token_id: int, n_slots: int, layers: list[int], qa: Sequence[tuple[str, str]]) -> dict[str, list]:
+        """Several questions with their answers as branches behind one prefix, in one row (the mask: lqa.masks.block_mask).
+
+        {"input_ids", "position_ids", "branch", "labels", "slots"}, equally long; `labels` are IGNORE but for answers and their end.
+        """
+        ids, slots = self.prefix(tokenizer, slot_token_id, n_slots, layers)
+        start = len(ids)
+        positions, branch, labels = list(range(start)), [PREFIX] * start, [IGNORE] * start
+        for b, (question, answer) in enumerate(qa, start=1):
+            asked, given = self.question(tokenizer, question), self.answer(tokenizer, answer)
+            ids = ids + asked + given
+            positions += range(start, start + len(asked) + len(given))
+            branch += [b] * (len(asked) + len(given))
+            labels += [IGNORE] * len(asked) + given
+        slots += [False] * (len(ids) - start)
+        return {"input_ids": ids, "position_ids": positions, "branch": branch, "labels": labels, "slots": slots}
 
     def stop_ids(self, tokenizer) -> list[int]:
         ids = _ids(tokenizer, self.end)[:1]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from lqa.config import DecoderConfig
 from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base, load_base
+
+if TYPE_CHECKING:
+    from lqa.steering import Steering
 
 EMBEDDED_DECODER = Path(__file__).parent.parent / "decoders" / "smollm2-135m-instruct"
 MAX_NEW_TOKENS = 48
@@ -109,22 +113,30 @@ class LatentDecoder:
     def read(self, chat: Chat, span: Span = "all", layer: int | None = None) -> Reading:
         """Runs the target over `chat` up to `layer` (None: the decoder's default) and keeps the activations of `span`.
 
+        Inside `with steering.apply()` the target is the steered one.  A steering that was trained as a hidden context is read as one: a
+        conditioned decoder compares with the unsteered target.  Any other counts as visible: it is in the reference of hidden turns too.
+
         Raises LqaError for a malformed chat, one longer than the context, a span that selects nothing, or a layer that is not supported.
         """
+        return self._read(chat, span, layer, self.base.steered, self.base.steered_hidden)
+
+    def _read(
+        self, chat: Chat, span: Span, layer: int | None, steered: tuple[tuple[str, float], ...] = (), hidden: bool = False
+    ) -> Reading:
         layer = self.config.check_layer(layer)
         rendered = self._render(chat)
         indices = resolve_span(span, rendered)
-        activations = self._capture(rendered, indices, layer)
+        activations = self._capture(rendered, indices, layer, steered)
         config = self.config
-        found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices)
-        h0 = self._capture(found.rendered, found.places, layer) if found else None
+        found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices, hidden)
+        h0 = self._capture(found.rendered, found.places, layer, () if hidden else steered) if found else None
         how = (config.conditioning, config.conditioning_constant, self.projection)
         injected = condition(activations, h0, found and found.which, layer, *how)
         return Reading(self, rendered, tuple(indices), layer, activations, injected, conditioned=found is not None)
 
-    def _capture(self, rendered: Rendered, indices: list[int], layer: int) -> Tensor:
+    def _capture(self, rendered: Rendered, indices: list[int], layer: int, steered: tuple[tuple[str, float], ...] = ()) -> Tensor:
         ids = torch.tensor([rendered.ids], device=self.base.device)
-        with self.base.decoding() as model:
+        with self.base.decoding(*steered) as model:
             acts = capture(model, self.base.blocks, ids, torch.ones_like(ids), [layer])
             activations = gather_spans(acts, [indices], [[layer]])
         return activations.clone()  # outside of inference mode, so that autograd may use it
@@ -136,19 +148,34 @@ class LatentDecoder:
     def stream_reply(
         self, chat: Chat, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[str]:
-        """`generate` as pieces of text."""
+        """`generate` as pieces of text.  The target is steered as it was when this was called, whoever takes the pieces."""
         if max_new_tokens < 1:
             raise LqaError(f"The number of new tokens must be at least 1, not {max_new_tokens}.")
         rendered = self._render(chat)
         if rendered.chat[-1][0] == "assistant":
             raise LqaError("The chat ends with the assistant's turn; it needs a user's message to reply to.")
-        self._check_room(len(rendered), max_new_tokens)
+        self.check_room(len(rendered), max_new_tokens)
         prefix_ids, suffixes = engine.common_prefix([rendered.ids])
-        with self.base.decoding() as model:
+        session = self.base.target()
+        with session() as model:
             prefix = engine.prefill(model, [prefix_ids])
         stop = [i for i in [self.base.tokenizer.eos_token_id, *self.config.prompt.stop_ids(self.base.tokenizer)] if i is not None]
         choose = engine.sampler(temperature, top_p, seed)
-        yield from self._pieces(engine.decode(self.base.decoding, prefix, [engine.Row(0, suffixes[0])], max_new_tokens, stop, choose))
+        return self._pieces(engine.decode(session, prefix, [engine.Row(0, suffixes[0])], max_new_tokens, stop, choose))
+
+    # --- steering ------------------------------------------------------------------------------------------------
+
+    def steer(self, control: str | None = None, qa: Sequence[tuple[str, str]] | None = None, **settings) -> Steering:
+        """Trains a steering towards a control text, or towards question-answer pairs; see `lqa.steering.steer` for all settings."""
+        from lqa.steering import steer
+
+        return steer(self, control=control, qa=qa, **settings)
+
+    def load_steering(self, source: str | Path) -> Steering:
+        """A steering from the folder that `Steering.save` wrote.  Raises LqaError if it is damaged, or made for another base."""
+        from lqa.steering import Steering
+
+        return Steering.load(self, source)
 
     # --- shared with Reading and scan -------------------------------------------------------------------------------------
 
@@ -170,10 +197,11 @@ class LatentDecoder:
 
     def _render(self, chat: Chat) -> Rendered:
         rendered = render(self.base.tokenizer, chat)
-        self._check_room(len(rendered), 0)
+        self.check_room(len(rendered), 0)
         return rendered
 
-    def _check_room(self, tokens: int, new: int) -> None:
+    def check_room(self, tokens: int, new: int) -> None:
+        """Raises LqaError if `tokens` and `new` more do not fit the model's context."""
         if tokens + new > self.base.context:
             text = f"The chat has {tokens} tokens" + (f" and {new} more are asked for" if new else "")
             raise LqaError(f"{text}, but the model's context is {self.base.context}; shorten it.")

@@ -37,7 +37,8 @@ def map_linearly(activations: Tensor, n: int) -> Tensor:
 def donor_activations(reading: Reading, donor: Reading | None = None) -> Tensor:
     """Another chat's activations at the same layer, conditioned, for the reading's slots: (N, D).  Without `donor`, the packaged one's."""
     # Hidden where the reading hides something too: the references must differ in content, not in kind.
-    donor = donor or reading.decoder.read(DONOR_CHAT, "turn:-1" if reading.conditioned else "all", reading.layer)
+    # Never steered: a steering of this thread would be in the donor's activations too.
+    donor = donor or reading.decoder._read(DONOR_CHAT, "turn:-1" if reading.conditioned else "all", reading.layer)
     if donor.layer != reading.layer:
         raise LqaError(f"The donor was read at layer {donor.layer}, the reading at layer {reading.layer}; they must be the same.")
     return map_linearly(donor.injected, len(reading.span))
@@ -56,7 +57,7 @@ def text_only(reading: Reading, questions: Sequence[str], max_new_tokens: int, a
     """The bare model's answers (adapter off) from the visible turns as text; one batch, the shared text run once."""
     decoder = reading.decoder
     ids = [render(decoder.base.tokenizer, text_only_chat(reading, q, after)).ids for q in questions]
-    decoder._check_room(max(map(len, ids)), max_new_tokens)
+    decoder.check_room(max(map(len, ids)), max_new_tokens)
     common, suffixes = engine.common_prefix(ids)
     with decoder.base.decoding() as model:
         prefix = engine.prefill(model, [common])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PAD, PREFIX = -1, 0  # values of `branch`; branches count from 1
+
 
 def window(config) -> int | None:
     """The length of the model's sliding window; None if all its layers see everything."""
@@ -36,3 +38,16 @@ def layer_masks(config, seen: Tensor, distance: Tensor, dtype: torch.dtype) -> T
     if getattr(config.get_text_config(), "layer_types", None):
         return {"full_attention": additive(seen), "sliding_attention": near}
     return near
+
+
+def block_mask(config, branch: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The attention mask for rows of `branch` (B, S), as the model of `config` takes it: causal, within the prefix and one's own branch.
+
+    Padding sees itself only (no empty rows).
+    """
+    size = branch.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=branch.device).tril()
+    query, key = branch.unsqueeze(2), branch.unsqueeze(1)
+    seen = causal & ((key == query) | (key == PREFIX)) & (key != PAD) & (query != PAD)
+    seen |= torch.eye(size, dtype=torch.bool, device=branch.device)
+    return layer_masks(config, seen, positions.unsqueeze(2) - positions.unsqueeze(1), dtype)

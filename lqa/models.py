@@ -6,6 +6,7 @@ dequantised once into the cache folder ($LQA_CACHE, else ~/.cache/lqa), so that 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,6 +93,8 @@ class Base:
         self.lock = threading.RLock()
         self._tuners: list = []
         self._adapters = 0
+        self._trained: list = []  # parameters of adapters that somebody is training
+        self._local = threading.local()
         self._peft = None
         self._check_blocks()
 
@@ -151,34 +155,146 @@ class Base:
             except (RuntimeError, ValueError, TypeError, KeyError) as error:
                 raise LqaError(f"The adapter in {folder} does not fit {self.name}: {str(error).splitlines()[0]}") from error
             finally:  # also where half of it went in
-                self.find_adapters()
-                self.model.requires_grad_(False).eval()
-                for m in self._tuners:  # off until asked for: the bare model is the target
-                    m._disable_adapters = True
+                self._settle()
         return name
 
+    def new_adapter(self, config) -> str:
+        """Puts a fresh LoRA of a peft.LoraConfig into the model and returns its name; like a loaded one it is switched off."""
+        from peft import get_peft_model
+
+        with self.lock:
+            name = f"adapter{self._adapters}"
+            self._adapters += 1
+            try:
+                if self._peft is None:
+                    self._peft = get_peft_model(self.model, config, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, config)
+            finally:
+                self._settle()
+        return name
+
+    def remove_adapter(self, name: str) -> None:
+        """Takes an adapter out again; a module that no other adapter is on becomes the plain module that it was."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        with self.lock:
+            if self._peft is None or name not in self._peft.peft_config:
+                return
+            for m in self._tuners:  # PEFT would switch another one on in its place
+                m._active_adapter = []
+            self._peft.delete_adapter(name)
+            for parent in list(self.model.modules()):
+                for key, child in list(parent.named_children()):
+                    if isinstance(child, BaseTunerLayer) and not len(child.lora_A):
+                        setattr(parent, key, child.get_base_layer())
+            self._settle()
+
+    def _settle(self) -> None:
+        """After PEFT has changed the model: everything frozen but what is being trained, and switched off until asked for."""
+        self.find_adapters()
+        self.model.requires_grad_(False).eval()
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        for m in self._tuners:
+            m._disable_adapters = True
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their names in the model."""
+        return {key: p for key, p in self.model.named_parameters() if f".{name}." in key}
+
     @contextmanager
-    def using(self, *adapters: str):
-        """The model with exactly these adapters switched on (none: the bare model), for one thread at a time.
+    def training(self, name: str):
+        """The adapter's parameters (as `adapter_parameters`), which take gradients inside the block and nowhere else."""
+        with self.lock:
+            parameters = self.adapter_parameters(name)
+            self._trained = [*self._trained, *parameters.values()]
+            self._settle()
+        try:
+            yield parameters
+        finally:
+            with self.lock:
+                mine = {id(p) for p in parameters.values()}
+                self._trained = [p for p in self._trained if id(p) not in mine]
+                for p in parameters.values():
+                    p.grad = None
+                self._settle()
+
+    def save_adapter(self, name: str, folder: str | Path, dtype: torch.dtype) -> None:
+        """Writes adapter_model.safetensors (in `dtype`) and adapter_config.json, as PEFT loads them."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        tensors = get_peft_model_state_dict(self._peft, adapter_name=name)
+        config = copy.copy(self._peft.peft_config[name])
+        config.base_model_name_or_path, config.inference_mode = self.name, True  # PEFT has written the folder that the base came from
+        config.save_pretrained(folder)
+        save_file({key: t.detach().to("cpu", dtype).contiguous() for key, t in tensors.items()}, Path(folder, "adapter_model.safetensors"))
+
+    @contextmanager
+    def using(self, *adapters: str | tuple[str, float]):
+        """The model with exactly these adapters switched on (none: the bare model), for one thread at a time; (name, x): x times as strong.
 
         PEFT's own `disable_adapter` walks all modules and leaves `requires_grad` changed (ECOSYSTEM of PEFT 0.21, issue 3447); setting
         the two fields it ends up with is exact and costs microseconds.
         """
+        strengths = dict(a if isinstance(a, tuple) else (a, 1.0) for a in adapters)
+        other = {name: x for name, x in strengths.items() if x != 1.0}
         with self.lock:
             saved = [(m, m._disable_adapters, m._active_adapter) for m in self._tuners]
+            scales = [(m.scaling, name, m.scaling[name]) for m in self._tuners for name in other if name in m.scaling] if other else []
             try:
                 for m in self._tuners:
-                    m._disable_adapters, m._active_adapter = not adapters, list(adapters)
+                    m._disable_adapters, m._active_adapter = not strengths, list(strengths)
+                for scaling, name, scale in scales:
+                    scaling[name] = scale * other[name]
                 yield self.model
             finally:
                 for m, disabled, active in saved:
                     m._disable_adapters, m._active_adapter = disabled, active
+                for scaling, name, scale in scales:
+                    scaling[name] = scale
 
     @contextmanager
-    def decoding(self, *adapters: str):
+    def decoding(self, *adapters: str | tuple[str, float]):
         """`using(*adapters)` without gradients: for forward passes that answer somebody."""
         with torch.inference_mode(), self.using(*adapters) as model:
             yield model
+
+    @property
+    def steered(self) -> tuple[tuple[str, float], ...]:
+        """How this thread's target is steered at the moment: adapters with their strengths."""
+        total: dict[str, float] = {}
+        for name, strength, _ in getattr(self._local, "steerings", ()):
+            total[name] = total.get(name, 0.0) + strength
+        return tuple((name, x) for name, x in total.items() if x)
+
+    @property
+    def steered_hidden(self) -> bool:
+        """Whether a steering of this thread counts as a hidden context (see `steering`)."""
+        on = dict(self.steered)
+        return any(hidden and name in on for name, _, hidden in getattr(self._local, "steerings", ()))
+
+    @contextmanager
+    def steering(self, name: str, strength: float, hidden: bool = False):
+        """In this thread the target is the model with this adapter (on top of others so entered); in other threads it is what it was.
+
+        hidden  a conditioned decoder takes the steering for a hidden context, and compares with the unsteered target; else it takes it
+                for visible, and the reference is steered too
+        """
+        if not hasattr(self._local, "steerings"):
+            self._local.steerings = []
+        mine, entry = self._local.steerings, (name, strength, hidden)
+        mine.append(entry)
+        try:
+            yield
+        finally:
+            # From the list that was entered: a generator may be closed by another thread than the one that began it.
+            mine.remove(entry)
+
+    def target(self):
+        """A `decoding` session factory for the target as this thread steers it now; it stays so wherever it is used."""
+        return partial(self.decoding, *self.steered)
 
 
 def cache_folder() -> Path:

@@ -176,6 +176,45 @@ def test_train_says_what_is_wrong(config, capfd):
     assert "no_such_key" in captured.err and captured.out == ""
 
 
+# --- steering ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditioning", ["raw", "projected"])
+def test_both_ways_of_steering_take_the_same_gradient(tiny_decoder, conditioning):
+    from lqa.steering.training import Settings
+
+    decoder = tiny_decoder(conditioning=conditioning)
+    settings = Settings(chats=3, kl=0.0, autocast=False, rank=2, hidden=conditioning != "raw")
+    qa = [("How will the assistant speak?", "Like a pirate."), ("Who is it?", "A doctor from France who likes to cook.")]
+    runs = []
+    for module in (decoder.base.model, twin := bench._twin(decoder.base)):
+        model = getattr(module, "model", module)
+        model.get_output_embeddings().register_forward_hook(lambda m, a, out: runs.append(out.shape[-2]))
+    ours = bench._steer_once(decoder, None, qa, settings)[1]
+    passes = len(runs)
+    paper = bench._steer_once(decoder, twin, qa, settings)[1]
+    assert passes == 3 and len(runs) - passes == 2 * 3 * len(qa)  # once a chat, against target and decoder for each example
+    assert sum(g.abs().sum() for g in ours) > 0
+    for a, b in zip(ours, paper, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_steer_measures_three_schedules(tiny_decoder, tiny):
+    decoder = tiny_decoder()
+    names = [name for name, _ in decoder.base.model.named_parameters()]
+    result = bench.bench_steer(decoder, chats=2, pairs=2, repeats=1, rank=2, span="last:2")
+    assert list(result) == ["ours", "kl", "paper"]
+    ours, kl, paper = (statistics.median(entry["seconds"]) for entry in result.values())
+    assert result["paper"]["ratio"] == pytest.approx(paper / ours) and result["kl"]["ratio"] == pytest.approx(kl / ours)
+    assert result["paper"]["met"] == (paper >= 2 * ours)
+    for entry in result.values():
+        assert entry["examples"] == 4 and entry["examples_per_second"] == pytest.approx(4 / statistics.median(entry["seconds"]))
+    assert "paper: ratio = seconds(paper) / seconds(ours)" in bench.format_bench(result)
+    assert [name for name, _ in decoder.base.model.named_parameters()] == names
+    with pytest.raises(LqaError, match="at least 1"):
+        bench.bench_steer(decoder, chats=0)
+
+
 # --- printing ---------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,32 @@ def test_score_and_chat_json(capsys, tiny_default):
     assert run(capsys, "chat", *WHO, "--json", "--max-new-tokens", "5") == {"reply": tiny_default.generate(CHAT, max_new_tokens=5)}
 
 
+SMALL = ["--steps", "1", "--method", "per-layer"]
+
+
+def test_steer_and_chat_steered(capsys, tiny_default, tmp_path):
+    pairs, out = tmp_path / "qa.json", str(tmp_path / "deep" / "pirate")
+    pairs.write_text(json.dumps([{"question": "Who is it?", "answer": "A pirate."}, ["How will it speak?", "Like a pirate."]]))
+    found = run(capsys, "steer", "--qa", str(pairs), "--out", out, *SMALL, "--json")
+    assert set(found) == {"out", "steps", "seconds", "loss", "qa"} and found["out"] == out and found["steps"] == 1
+    assert found["qa"] == [["Who is it?", "A pirate."], ["How will it speak?", "Like a pirate."]]
+    assert found["seconds"] > 0 and found["loss"] > 0
+    plain = tiny_default.generate(CHAT, max_new_tokens=8)
+    reply = lambda *more: run(capsys, "chat", *WHO, "--max-new-tokens", "8", "--json", *more)["reply"]  # noqa: E731
+    steered = tiny_default.load_steering(out)
+    assert reply("--steering", out, "--strength", "0") == plain == reply()
+    for more, strength in ((["--strength", "300"], 300), (["--strength", "-300"], -300), ([], 1)):
+        with steered.apply(strength):
+            expected = tiny_default.generate(CHAT, max_new_tokens=8)
+        assert reply("--steering", out, *more) == expected
+        assert (expected != plain) or not more
+    assert main(["chat", *WHO, "--max-new-tokens", "8", "--steering", out, "--strength", "300"]) == 0
+    assert capsys.readouterr().out.strip() == reply("--steering", out, "--strength", "300")
+    assert main(["steer", "--qa", str(pairs), "--out", out, *SMALL]) == 0
+    captured = capsys.readouterr()
+    assert "A: Like a pirate." in captured.out and "held-out loss" in captured.out and "step 1/1" in captured.err
+
+
 def test_plain_output_shows_the_same(capsys, tiny_default):
     assert main(["ask", *WHO, "-q", "Who is it?", "--span", "user", "--grounding", "--max-new-tokens", "4"]) == 0
     out = capsys.readouterr().out
@@ -82,6 +108,14 @@ def test_plain_output_shows_the_same(capsys, tiny_default):
         (["data", "import-latentqa", "not-there", "--out", "x"], "github.com/aypan17/latentqa"),
         (["data", "build", "--controls", "not-there.yaml", "--out", "x"], "not-there.yaml"),
         (["eval", "report", "not-there"], "holds no results"),
+        (["steer", "--control", " ", "--out", "x"], "control is empty"),
+        (["steer", "--out", "x"], "--control TEXT or --qa"),
+        (["steer", "--control", "x", "--qa", "x.json", "--out", "x"], "--control TEXT or --qa"),
+        (["steer", "--qa", "not-there.json", "--out", "x"], "cannot be read"),
+        (["steer", "--control", "x", "--out", "pyproject.toml/x"], "cannot be made"),
+        (["chat", *WHO, "--steering", "not-there"], "no lqa_steering.json"),
+        (["chat", *WHO, "--steering", "not-there", "--strength", "much"], "must be a number"),
+        (["chat", *WHO, "--strength", "1"], "--steering DIR"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, argv, message):
@@ -99,6 +133,18 @@ def test_malformed_chat_file(capsys, tmp_path, text, message):
     file.write_text(text)
     assert main(["ask", "--chat", str(file), "-q", "Who?"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "non-empty list"), ('[{"question": "Who?"}]', "lacks the field 'answer'")]
+)
+def test_malformed_qa_file(capsys, tmp_path, text, message):
+    file = tmp_path / "qa.json"
+    file.write_text(text)
+    assert main(["steer", "--qa", str(file), "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and len(captured.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_command_exits_with_2(capsys):

@@ -19,12 +19,9 @@ from torch import Tensor
 
 from lqa.chat import render, resolve_span
 from lqa.conditioning import reference
-from lqa.config import DecoderConfig
+from lqa.config import IGNORE, DecoderConfig
 from lqa.errors import LqaError
-from lqa.masks import layer_masks
-
-IGNORE = -100
-PAD, PREFIX = -1, 0  # values of `branch`; branches count from 1
+from lqa.masks import PAD
 
 
 class ActivationCache:
@@ -82,19 +79,11 @@ class LatentQACollator:
         rendered = render(self.tokenizer, example["chat"])
         span = resolve_span(example["span"], rendered)
         prompt = self.config.prompt
-        ids, slots = prompt.prefix(self.tokenizer, self.config.slot_token_id, len(span), example["layers"])
-        start = len(ids)
-        positions, branch, labels = list(range(start)), [PREFIX] * start, [IGNORE] * start
-        for b, pair in enumerate(example["qa"], start=1):
-            question, answer = prompt.question(self.tokenizer, pair["question"]), prompt.answer(self.tokenizer, pair["answer"])
-            ids = ids + question + answer
-            positions += range(start, start + len(question) + len(answer))
-            branch += [b] * (len(question) + len(answer))
-            labels += [IGNORE] * len(question) + answer
-        slots = [s and example["patched"] for s in slots] + [False] * (len(ids) - start)
-        if max(len(rendered), max(positions) + 1) > self.context:
+        pairs = [(pair["question"], pair["answer"]) for pair in example["qa"]]
+        row = prompt.row(self.tokenizer, self.config.slot_token_id, len(span), example["layers"], pairs)
+        row["slots"] = [s and example["patched"] for s in row["slots"]]
+        if max(len(rendered), max(row["position_ids"]) + 1) > self.context:
             raise LqaError(f"The example {example['id']!r} is longer than the model's context of {self.context} tokens; shorten it.")
-        row = {"input_ids": ids, "position_ids": positions, "branch": branch, "labels": labels, "slots": slots}
         passes = [(rendered.ids, span)]
         if self.config.conditioning != "raw":
             found = reference(self.tokenizer, rendered, span)
@@ -136,16 +125,3 @@ class LatentQACollator:
 def _pad(rows: list[list], value) -> Tensor:
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-
-def block_mask(config, branch: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """The attention mask for rows of `branch` (B, S), as the model of `config` takes it: causal, within the prefix and one's own branch.
-
-    Padding sees itself only (no empty rows).
-    """
-    size = branch.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=branch.device).tril()
-    query, key = branch.unsqueeze(2), branch.unsqueeze(1)
-    seen = causal & ((key == query) | (key == PREFIX)) & (key != PAD) & (query != PAD)
-    seen |= torch.eye(size, dtype=torch.bool, device=branch.device)
-    return layer_masks(config, seen, positions.unsqueeze(2) - positions.unsqueeze(1), dtype)

@@ -18,12 +18,13 @@ from trl import SFTConfig, SFTTrainer
 
 from lqa.activations import capture, gather_spans
 from lqa.conditioning import PROJECTION, Projection, condition
-from lqa.config import SIDECAR, DecoderConfig
+from lqa.config import IGNORE, SIDECAR, DecoderConfig
 from lqa.errors import LqaError
 from lqa.hub import CARDS
 from lqa.injection import Injection
+from lqa.masks import block_mask
 from lqa.models import Base
-from train.collator import IGNORE, LatentQACollator, block_mask
+from train.collator import LatentQACollator
 
 # What a decoder on the Hub consists of; checkpoints also hold optimizer states, which are pickles.
 PUBLISHED = ("adapter_model.safetensors", "adapter_config.json", SIDECAR, PROJECTION, "README.md")

@@ -1,0 +1,26 @@
+"""Steering: say how the target should behave, and a LoRA trained through the decoder makes it so.
+
+    steering = decoder.steer(control="Speak like a pirate.")      # or qa=[(question, answer), ...]
+    with steering.apply(strength=1.0):
+        print(decoder.generate(chat))
+"""
+
+from lqa.steering.neutral import load_neutral
+from lqa.steering.pairs import check_pairs, load_pairs, write_pairs
+from lqa.steering.steering import Steering, check_strength
+from lqa.steering.strength import auto_strength
+from lqa.steering.training import Cancelled, Progress, Settings, steer
+
+__all__ = [
+    "Cancelled",
+    "Progress",
+    "Settings",
+    "Steering",
+    "auto_strength",
+    "check_pairs",
+    "check_strength",
+    "load_neutral",
+    "load_pairs",
+    "steer",
+    "write_pairs",
+]

@@ -1,0 +1,81 @@
+"""How strong a steering may be: the perplexity of what the steered model writes, by the unsteered one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lqa import engine
+from lqa.chat import render
+from lqa.errors import LqaError
+from lqa.steering.neutral import load_neutral
+
+REQUESTS, NEW_TOKENS = 8, 32
+
+
+def write_replies(decoder, requests: Sequence[str], strengths=(), new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+    """Greedy replies (token ids) of the target with `strengths` ((adapter, strength), ...), decoded as one batch."""
+
+    def session():
+        return decoder.base.decoding(*strengths)
+
+    prefix, rows = _prompts(decoder, requests, session)
+    tokenizer = decoder.base.tokenizer
+    stop = [i for i in [tokenizer.eos_token_id, *decoder.config.prompt.stop_ids(tokenizer)] if i is not None]
+    replies: list[list[int]] = [[] for _ in rows]
+    for steps in engine.decode(session, prefix, rows, new_tokens, stop):
+        for row, token, _ in steps:
+            replies[row].append(token)
+    return replies
+
+
+def perplexity(decoder, requests: Sequence[str], replies: Sequence[Sequence[int]]) -> float:
+    """exp of the mean negative log-probability (nats per token, over all replies) that the unsteered target gives the replies.
+
+    Raises LqaError if all of them are empty.
+    """
+    kept = [i for i, reply in enumerate(replies) if reply]
+    if not kept:
+        raise LqaError("All replies are empty; there is no perplexity to take.")
+    prefix, rows = _prompts(decoder, requests, decoder.base.decoding)
+    means = engine.score(decoder.base.decoding, prefix, [rows[i] for i in kept], [replies[i] for i in kept])
+    lengths = [len(replies[i]) for i in kept]
+    return math.exp(-sum(m * n for m, n in zip(means, lengths, strict=True)) / sum(lengths))
+
+
+def auto_strength(steering, ratio: float = 1.5, *, most: float = 4.0, step: float = 0.5, requests: int = REQUESTS) -> float:
+    """The largest strength at which the perplexity of the steered replies to neutral chats, under the unsteered model, stays below
+    `ratio` times that of the unsteered replies; found to a quarter of `step`, at most `most`, 0 if there is none.
+
+    The first strength that goes too far ends the search: far beyond it a model repeats itself, which any model finds likely.  The
+    ratios that were found are in `steering.record["strengths"]`, {strength: ratio}.  Raises LqaError for a ratio that is not above 1.
+    """
+    if not ratio > 1:
+        raise LqaError(f"The perplexity ratio must be above 1, not {ratio!r}.")
+    decoder, asked = steering.decoder, load_neutral()["held_out"][-requests:]  # early stopping takes the first
+    plain = perplexity(decoder, asked, write_replies(decoder, asked))
+    found: dict[float, float] = {}
+
+    def fits(strength: float) -> bool:
+        replies = write_replies(decoder, asked, [(steering.adapter, strength)])
+        found[strength] = perplexity(decoder, asked, replies) / plain if any(replies) else math.inf
+        return found[strength] < ratio
+
+    low = 0.0
+    while low < most and fits(min(low + step, most)):
+        low = min(low + step, most)
+    if low < most:
+        high = low + step
+        for _ in range(2):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+    steering.record["strengths"] = {str(x): r for x, r in sorted(found.items())}
+    return low
+
+
+def _prompts(decoder, requests: Sequence[str], session) -> tuple[engine.Prefix, list[engine.Row]]:
+    ids = [render(decoder.base.tokenizer, [{"role": "user", "content": request}]).ids for request in requests]
+    common, suffixes = engine.common_prefix(ids)
+    with session() as model:
+        prefix = engine.prefill(model, [common])
+    return prefix, [engine.Row(0, suffix) for suffix in suffixes]
