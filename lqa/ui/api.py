@@ -1,4 +1,4 @@
-"""The public endpoints, which are also tools for agents (MCP): `read` and `score`.  Everything else on the page is private."""
+"""The public endpoints, which are also tools for agents (MCP): `read`, `score` and `steer`.  Everything else on the page is private."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from lqa.chat import Chat
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
 from lqa.ui.components import GPU
-from lqa.ui.limits import MAX_ANSWERS, check_answers, check_layer, check_question, check_selection, check_turns
+from lqa.ui.limits import (
+    MAX_ANSWERS,
+    MAX_STEPS,
+    check_answers,
+    check_control,
+    check_layer,
+    check_question,
+    check_selection,
+    check_turns,
+)
 from lqa.ui.read import REFERENCES
+from lqa.ui.steer import LEAST_STEPS, STEER, STEPS, STRONGEST, side_by_side
 
 
 class Endpoints(NamedTuple):
     read: Callable
     score: Callable
+    steer: Callable
 
 
 def make_endpoints(decoder: LatentDecoder) -> Endpoints:
@@ -97,11 +108,47 @@ def make_endpoints(decoder: LatentDecoder) -> Endpoints:
         ]
         return {"question": question, "layer": reading.layer, "answers": rows}
 
-    return Endpoints(read, score)
+    @spaces.GPU(duration=60)
+    def steer(control: str, user: str, system: str = "", strength: float = 1.0, steps: int = STEPS) -> dict[str, object]:
+        """Make a language model behave as told by a small LoRA trained through a decoder of its activations, and compare its replies.
+
+        Takes a few seconds a step without a GPU.
+
+        Args:
+            control: How the model shall behave, such as "Speak like a pirate."
+            user: The user message that the unsteered and the steered model reply to.
+            system: A system prompt for both; empty for none.
+            strength: 0 is the unsteered model, 1 the steering as trained, negative goes the other way; from -3 to 3.
+            steps: The most training steps, from 5 to 60.
+
+        Returns:
+            baseline and steered (the two replies, greedy), qa (what the decoder was trained to read, as question and answer), loss
+            (nats per token, on held-out chats), steps (taken).
+        """
+        try:
+            control = check_control(control)
+            if not all(isinstance(text, str) for text in (system, user)):
+                raise LqaError("system and user must be text.")
+            chat = check_turns([{"role": "system", "content": system}, {"role": "user", "content": user}])
+            if not isinstance(strength, int | float) or not -STRONGEST <= strength <= STRONGEST:
+                raise LqaError(f"The strength must be from {-STRONGEST:g} to {STRONGEST:g}, not {strength!r}.")
+            if not isinstance(steps, int) or not LEAST_STEPS <= steps <= MAX_STEPS:
+                raise LqaError(f"The number of steps must be from {LEAST_STEPS} to {MAX_STEPS}, not {steps!r}.")
+            steering = decoder.steer(control=control, steps=steps)
+            try:
+                *_, (baseline, steered) = side_by_side(decoder, steering, chat, strength, 0.0, 0)
+            finally:
+                steering.remove()
+        except LqaError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        record = steering.record
+        return {"baseline": baseline.strip(), "steered": steered.strip()} | {key: record[key] for key in ("qa", "loss", "steps")}
+
+    return Endpoints(read, score, steer)
 
 
 def add_endpoints(decoder: LatentDecoder) -> None:
     """Adds them to the Blocks under construction."""
     endpoints = make_endpoints(decoder)
     for name in endpoints._fields:
-        gr.api(getattr(endpoints, name), api_name=name, **GPU)
+        gr.api(getattr(endpoints, name), api_name=name, **STEER if name == "steer" else GPU)

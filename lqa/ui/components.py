@@ -27,6 +27,7 @@ def component(name: str, value, elem_id: str) -> gr.HTML:
     answers  lqa.ui.read.answers_view: answers with their grounding.  submit: a follow-up question in "ask"
     heat     lqa.ui.scan.scan_view: tokens and layers.  select: a cell, in "pick"
     watch    lqa.ui.watch.watch_view: a reply, and a line under it
+    curve    lqa.ui.steer.curve_view: a loss as it falls
     notice   a sentence that says what is wrong; "" hides it
     link     an address to copy; "" hides it
     """

@@ -15,11 +15,15 @@ MAX_ANSWER = 120  # characters
 MAX_FOLLOW_UPS = 3
 MAX_SCANNED = 160  # tokens
 MAX_REPLY = 96  # new tokens
+MAX_STEPS = 60  # of a steering
+MAX_PAIRS = 12
+MAX_ANSWER_TEXT = 300  # characters of a question or answer of a steering
 
 LIMITS = (
     f"A chat may have {MAX_TURNS} turns and {MAX_CHARACTERS:,} characters. A reading takes at most {MAX_SELECTED} tokens and "
     f"{MAX_QUESTIONS} questions of {MAX_QUESTION} characters, each with {MAX_FOLLOW_UPS} follow-up questions. Scan takes {MAX_SCANNED} "
-    f"tokens and {MAX_ANSWERS} answers of {MAX_ANSWER} characters. The model's own replies end after {MAX_REPLY} tokens. "
+    f"tokens and {MAX_ANSWERS} answers of {MAX_ANSWER} characters. The model's own replies end after {MAX_REPLY} tokens. A "
+    f"steering takes {MAX_STEPS} steps and {MAX_PAIRS} pairs, and is kept for an hour. "
     "Visitors are served one after the other; a page that is closed gives its place away."
 )
 
@@ -73,6 +77,11 @@ def check_answers(text, least: int = 2) -> list[str]:
     if long := next((a for a in answers if len(a) > MAX_ANSWER), None):
         raise LqaError(f"An answer has {len(long):,} characters, this page takes at most {MAX_ANSWER}; shorten it.")
     return answers
+
+
+def check_control(text) -> str:
+    """How the model shall behave."""
+    return check_question(text, "The control")
 
 
 def check_layer(layer) -> int | None:

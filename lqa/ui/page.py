@@ -20,6 +20,7 @@ from lqa.ui.limits import LIMITS
 from lqa.ui.link import add_link
 from lqa.ui.read import make_handlers, read_tab
 from lqa.ui.scan import scan_tab
+from lqa.ui.steer import steer_tab
 from lqa.ui.watch import watch_tab
 
 # The semi-bold files that Gradio bundles hold a few letters only; with 700 in their place, headings use the bold face.
@@ -56,6 +57,8 @@ def build(decoder: LatentDecoder) -> gr.Blocks:
                             scan_tab(decoder, chat, read, tabs)
                         with gr.Tab("Watch", id="watch", elem_id="tab-watch"):
                             watch_tab(decoder, chat)
+                        with gr.Tab("Steer", id="steer", elem_id="tab-steer"):
+                            steer_tab(decoder, chat)
                         with gr.Tab("Learn", id="learn", elem_id="tab-learn"):
                             lessons = learn_tab()
             names = (html.escape(Path(name).name) for name in (decoder.base.name, decoder.name))
