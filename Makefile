@@ -9,10 +9,10 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train lint
+.PHONY: help setup demo test test-browser test-load screenshots train lint
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Create .venv with all that is needed (PYTHON=python3.12 for another interpreter)
 
@@ -21,6 +21,15 @@ demo: $(STAMP)  ## Start the web demo and open it (ARGS=--check to test that it 
 
 test: lint  ## Check the style, then run the tests, offline (ARGS="-m 'not slow'" for a part of them)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+test-browser: $(STAMP)  ## Drive every page in Chromium, over the embedded decoder (minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_app.py tests/browser $(ARGS)
+
+test-load: $(STAMP)  ## 24 sessions at once and 300 requests on the real page (on an idle machine; half an hour)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/load $(ARGS)
+
+screenshots: $(STAMP)  ## Drive the page and write docs/*.png again (ARGS="read scan" for some of them)
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/screenshots.py $(ARGS)
 
 train: $(STAMP)  ## Train the embedded decoder (CONFIG=train/configs/NAME.yaml ARGS="key=value ...")
 	$(BIN)/python -m train.decoder --config $(CONFIG) $(ARGS)

@@ -56,14 +56,15 @@ EXAMPLES = {  # title: (chat, span, question, what it shows)
         CHATS["Who is asking?"][0],
         "user",
         USER,
-        "Here nothing is hidden: the message itself says who is writing. Text alone can answer this, and the reference shows it.",
+        "Here nothing is hidden: the message itself says who is writing. The bare model, shown the text, needs no activations for this; "
+        "where it does as well as the decoder or better, the decoder has added nothing.",
     ),
     "A failure": (
         [{"role": "user", "content": "What should I cook for dinner tonight?"}],
         "user",
         PERSONA,
-        "Nobody has told the model to be anybody. The decoder names somebody all the same, as it does without activations: the question "
-        "asks for a persona, and so it invents one. Only the references tell you.",
+        "Nobody has told the model to be anybody. The decoder names somebody all the same, and so do the references, whatever they are "
+        "given: the question asks for a persona, and one is invented. Without the references you might have believed it.",
     ),
 }
 

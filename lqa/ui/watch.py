@@ -92,9 +92,10 @@ def watch_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
             scale=3,
             elem_id="watch-answers",
         )
-    with gr.Row(elem_classes="buttons"):
-        what = gr.Radio([BOTH, REPLY], value=BOTH, label="Read", scale=3, elem_id="watch-what")
+    with gr.Row(equal_height=True):
+        what = gr.Radio([BOTH, REPLY], value=BOTH, label="Read", scale=3, min_width=240, elem_id="watch-what")
         layer = layer_control(decoder.config, "watch-layer")
+    with gr.Row(elem_classes="buttons"):
         go = gr.Button("Watch", variant="primary", elem_id="watch", scale=1, min_width=110)
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="watch-stop")
     notice = component("notice", "", "watch-notice")

@@ -9,6 +9,7 @@ function update() {
   const view = props.value || { points: [], steps: 0, stage: "idle" };
   root.dataset.stage = view.stage;
   set(status, view.stage === "idle" ? "The loss will be drawn here while it trains." : view.note);
+  chart.hidden = view.stage === "idle";
   const losses = view.points.flatMap((point) => [point.loss, point.held_out]).filter((y) => y !== null && y !== undefined);
   const top = Math.max(...losses, 0.1) * 1.05;
   const x = (step) => LEFT + ((W - LEFT - 10) * step) / Math.max(view.steps, 1), y = (loss) => TOP + (H - TOP - BOTTOM) * (1 - loss / top);
