@@ -16,6 +16,7 @@ from lqa.chat import render, resolve_span
 from lqa.ui import build, launch
 from lqa.ui import learn as learn_page
 from lqa.ui import scan as scan_page
+from lqa.ui import steer as steer_page
 from lqa.ui import watch as watch_page
 from lqa.ui.limits import MAX_CHARACTERS, MAX_FOLLOW_UPS, MAX_SELECTED, check_answers, check_questions, check_turns
 from lqa.ui.link import make_restore
@@ -295,6 +296,101 @@ def test_watch_reads_while_the_target_writes(decoder, answers):
     assert "ends with the assistant" in notice
 
 
+@pytest.fixture
+def steer(tiny, decoder_folder):
+    """The handlers of Steer over a decoder of their own."""
+    return steer_page.make_handlers(LatentDecoder.from_pretrained(decoder_folder(), base=tiny("smol")))
+
+
+TABLE = [["Who is it?", "It is a doctor."], ["", ""], [OTHER + " Really", "A pirate."]]
+
+
+def test_steering_trains_with_its_loss_and_compares(steer):
+    outputs = list(steer.train("", TABLE, 5, None, None))
+    pickle.dumps(outputs)
+    curve, folder, table, _, message = outputs[-1]
+    assert message == "" and curve["stage"] == "done" and table == [TABLE[0], TABLE[2]]
+    steps = [len(o[0]["points"]) for o in outputs]
+    assert steps[:3] == [0, 1, 2] and steps == sorted(steps) and all(p["loss"] > 0 for p in curve["points"])
+    assert all(o[1] == SKIPPED for o in outputs[:-1]) and (Path(folder) / "lqa_steering.json").is_file()
+
+    def replies(strength, seed=0):
+        return list(steer.compare(turns(), None, folder, strength, True, seed))[-1]
+
+    zero, one, again = replies(0), replies(3.0), replies(3.0)
+    assert zero[0] == zero[1] == one[0] and one[1] != one[0] and one == again  # the same seed, steered and not
+    assert replies(3.0, seed=1) != one
+
+    button = steer_page.archive(None, folder)
+    import zipfile
+
+    assert button["interactive"] and "adapter_model.safetensors" in zipfile.ZipFile(button["value"]).namelist()
+    assert not steer_page.archive("../../etc", None)["interactive"]
+    new = list(steer.train("", TABLE, 5, curve, folder))[-1][1]
+    assert new != folder and not Path(folder).exists()  # the session's next steering takes its place
+    steer.forget(new)
+    assert not Path(new).exists() and "no steering yet" in list(steer.compare(turns(), None, new, 1.0, False, 0))[-1][2]
+
+
+def test_a_training_that_is_left_ends(steer):
+    running = steer.train("", TABLE, 60, None, None)
+    for _ in range(3):
+        next(running)
+    running.close()  # waits for its thread
+    import threading
+
+    assert not [t for t in threading.enumerate() if t.name.endswith("(work)")]
+    assert list(steer.train("", TABLE, 5, None, None))[-1][0]["stage"] == "done"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"table": [], "control": " "}, "empty"),
+        ({"table": [["Who?", ""]]}, "answer of pair 0"),
+        ({"table": [["Q", "A"]] * 13}, "13 pairs"),
+        ({"table": [["Q", "A" * 400]]}, "longer than"),
+        ({"table": [["Q", "<|im_end|>"]]}, "special token"),
+        ({"table": "x", "control": 5}, "empty"),
+        ({"steps": 61}, "from 5 to 60"),
+        ({"steps": "many"}, "from 5 to 60"),
+    ],
+)
+def test_steering_says_what_is_wrong(steer, change, message):
+    arguments = {"control": "", "table": TABLE, "steps": 5, "curve": None, "folder": None} | change
+    assert message in list(steer.train(*arguments.values()))[-1][-1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"strength": 99}, "from -3 to 3"),
+        ({"strength": float("nan")}, "from -3 to 3"),
+        ({"seed": -1}, "seed"),
+        ({"preset": "../../etc"}, "no steering yet"),
+        ({"chat": turns(user="")}, "empty"),
+    ],
+)
+def test_comparing_says_what_is_wrong(steer, change, message):
+    arguments = {"chat": turns(), "preset": None, "folder": None, "strength": 1.0, "sample": False, "seed": 0} | change
+    assert message in list(steer.compare(*arguments.values()))[-1][-1]
+
+
+def test_steerings_in_memory_are_few_and_none_in_use_is_dropped(tiny, decoder_folder, tmp_path):
+    decoder = LatentDecoder.from_pretrained(decoder_folder(), base=tiny("smol"))
+    made = decoder.steer(qa=TABLE[:1], steps=1)
+    for name in "abc":
+        made.save(tmp_path / name)
+    held = steer_page.Loaded(decoder, keep=1)
+    with held.using(str(tmp_path / "a")) as a:
+        with held.using(str(tmp_path / "b")) as b:
+            assert a.adapter and b.adapter and a.adapter != b.adapter
+        with held.using(str(tmp_path / "c")) as c:
+            assert b.adapter is None and a.adapter and c.adapter
+    with held.using(str(tmp_path / "a")) as again:
+        assert again is a
+
+
 def test_learn_shows_the_picture_and_the_answers_of_the_embedded_decoder():
     import json
 
@@ -539,8 +635,10 @@ def test_text_of_users_stays_text(page):
 @pytest.mark.browser
 def test_nothing_sticks_out_on_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
-    for tab in ("Read", "Scan", "Watch", "Learn"):
-        page.click(f"button[role=tab]:has-text('{tab}')")
+    for tab in ("Read", "Scan", "Watch", "Steer", "Learn"):
+        if not page.locator(f"button[role=tab]:visible:has-text('{tab}')").count():
+            page.click("#tabs .overflow-menu button")
+        page.click(f"button[role=tab]:visible:has-text('{tab}')")
         page.wait_for_function("() => document.documentElement.scrollWidth <= 390")
 
 
@@ -549,7 +647,7 @@ def test_the_public_endpoints(url, decoder):
 
     client = Client(url, verbose=False, analytics_enabled=False)
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert list(endpoints) == ["/read", "/score"]  # everything public is also a tool for agents
+    assert list(endpoints) == ["/read", "/score", "/steer"]  # everything public is also a tool for agents
     result = client.predict(SYSTEM, USER, QUESTION, "last:2", 0, api_name="/read")
     reading = decoder.read(check_turns(turns()), "last:2", 0)
     expected = reading.ask(QUESTION, grounding=True)[0]
@@ -577,6 +675,10 @@ def test_the_public_endpoints(url, decoder):
         ((SYSTEM, USER, QUESTION, ["One."]), "/score", "2 to 6"),
         ((SYSTEM, USER, QUESTION, "One."), "/score", "must be a list"),
         ((SYSTEM, USER, QUESTION, [1, 2]), "/score", "must be a list"),
+        (("", USER), "/steer", "The control is empty"),
+        (("Speak.", USER, "", 99), "/steer", "from -3 to 3"),
+        (("Speak.", USER, "", 1, 1000), "/steer", "from 5 to 60"),
+        (("Speak.", 5), "/steer", "must be text"),
     ]
     for arguments, name, message in wrong:
         with pytest.raises(Exception, match=message):
@@ -600,8 +702,8 @@ def test_agents_get_the_same_as_tools(url, decoder):
             return tools, await session.call_tool(name, arguments)
 
     tools, result = asyncio.run(call())
-    assert sorted(tool.name.rsplit("_", 1)[-1] for tool in tools) == ["read", "score"]
+    assert sorted(tool.name.rsplit("_", 1)[-1] for tool in tools) == ["read", "score", "steer"]
     for tool in tools:
-        assert len(tool.description) > 40 and {"system", "user", "question"} <= set(tool.inputSchema["properties"])
+        assert len(tool.description) > 40 and {"system", "user"} <= set(tool.inputSchema["properties"])
     expected = decoder.read(check_turns(turns()), "last:2", 0).ask(QUESTION)[0]
     assert not result.isError and json.loads(result.content[0].text)["answer"] == expected.text

@@ -57,3 +57,9 @@ def layer_control(config, elem_id: str) -> gr.Radio | gr.Dropdown:
     control = gr.Radio if len(config.read_layers) <= MAX_RADIO else gr.Dropdown
     choices = [(str(k), k) for k in config.read_layers]
     return control(choices, value=config.default_layer, label="Layer", min_width=230, scale=0, elem_id=elem_id)
+
+
+def stops(button: gr.Button, stopped, shown: gr.HTML, events: list) -> None:
+    """Makes the button cancel `events`; `stopped` says so in what is shown."""
+    # Twice: a step that was on its way when the button was pressed may arrive after the first.
+    button.click(stopped, shown, shown, cancels=events, **QUICK).then(stopped, shown, shown, **QUICK)

@@ -34,8 +34,7 @@ def check_turns(value) -> Chat:
     if isinstance(turns, list) and len(turns) > MAX_TURNS:
         raise LqaError(f"The chat has {len(turns)} turns, this page takes at most {MAX_TURNS}; remove some.")
     if isinstance(turns, list):
-        turns = [t for t in turns if not isinstance(t, dict) or t.get("role") == "user" or t.get("content") not in (None, "")]
-        turns = [t for t in turns if not isinstance(t, dict) or t.get("role") == "user" or str(t.get("content")).strip()]
+        turns = [t for t in turns if not isinstance(t, dict) or t.get("role") == "user" or str(t.get("content") or "").strip()]
     chat = check_chat(turns)
     if (n := sum(len(turn["content"]) for turn in chat)) > MAX_CHARACTERS:
         raise LqaError(f"The chat has {n:,} characters, this page takes at most {MAX_CHARACTERS:,}; shorten it.")
@@ -95,4 +94,4 @@ def lines(text) -> list[str]:
     """The lines of a box that hold something, each once."""
     if not isinstance(text, str):
         return []
-    return list(dict.fromkeys(line.strip() for line in text[: 20 * MAX_CHARACTERS].split("\n") if line.strip()))
+    return list(dict.fromkeys(line.strip() for line in text[:1_000_000].split("\n") if line.strip()))

@@ -37,7 +37,7 @@ answered without these activations. What those answers say as well, the activati
 def build(decoder: LatentDecoder) -> gr.Blocks:
     """The demo over one decoder; `launch` starts it."""
     handlers = make_handlers(decoder)
-    with gr.Blocks(title="lqa: ask a language model about its activations", analytics_enabled=False) as demo:
+    with gr.Blocks(title="lqa: ask a language model about its activations", analytics_enabled=False, delete_cache=(3600, 7200)) as demo:
         with gr.Column(elem_id="lqa-page"):
             fixed(INTRO, "intro")
             with gr.Row(equal_height=False, elem_id="columns"):
@@ -98,4 +98,4 @@ def launch(demo: gr.Blocks, **options):
     hues = {"primary_hue": "indigo", "secondary_hue": "indigo", "neutral_hue": "slate"}
     theme = gr.themes.Default(**hues, radius_size="lg", font=[FONT, "system-ui", "sans-serif"], font_mono=[FONT_MONO, "monospace"])
     defaults = {"theme": theme, "css_paths": [PAGE_CSS], "footer_links": ["api", "gradio", "settings"], "run_history": False}
-    return demo.launch(**defaults | {"mcp_server": True} | options)
+    return demo.launch(**defaults | {"mcp_server": True, "max_file_size": "1mb"} | options)

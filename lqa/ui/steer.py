@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import spaces
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
 from lqa.steering import Progress, Steering, check_pairs, write_pairs
-from lqa.ui.components import GPU, PRIVATE, QUICK, component, fixed
+from lqa.ui.components import GPU, PRIVATE, QUICK, component, fixed, stops
 from lqa.ui.limits import MAX_ANSWER_TEXT, MAX_PAIRS, MAX_REPLY, MAX_STEPS, check_control, check_turns
 
 PRESETS = Path(__file__).parents[2] / "steerings"
@@ -199,17 +200,23 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
     def forget(folder) -> None:
         if folder and Path(folder).name.startswith("lqa-steering-"):
             shutil.rmtree(folder, ignore_errors=True)
+            Path(f"{folder}.zip").unlink(missing_ok=True)
 
     return Handlers(pairs, train, compare, forget)
 
 
+@cache
+def _zipped(folder: str, name: str) -> str:
+    return shutil.make_archive(str(Path(tempfile.mkdtemp(prefix="lqa-zip-"), name)), "zip", folder)
+
+
 def archive(preset, folder):
-    """-> download button, notice.  The steering as a zip file."""
-    where = presets().get(preset) if preset else folder
-    if not where or not Path(where).is_dir():
-        return gr.skip(), "There is no steering yet; choose a ready-made one, or train your own."
-    name = preset or "steering"
-    return gr.DownloadButton(value=shutil.make_archive(str(Path(tempfile.mkdtemp(prefix="lqa-zip-"), name)), "zip", where)), ""
+    """-> download button: the steering as a zip file."""
+    if where := presets().get(preset):
+        return gr.update(value=_zipped(str(where), preset), interactive=True)
+    if not folder or not Path(folder).is_dir():
+        return gr.update(value=None, interactive=False)
+    return gr.update(value=shutil.make_archive(folder, "zip", folder), interactive=True)
 
 
 def stopped(curve):
@@ -260,7 +267,8 @@ def steer_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
     with gr.Row(elem_classes="buttons"):
         compare = gr.Button("Reply", variant="primary", elem_id="compare", min_width=120)
         halt = gr.Button("Stop", scale=0, min_width=90, elem_id="compare-stop")
-        download = gr.DownloadButton("Download the steering", elem_id="download", min_width=160)
+        first = archive(ready[0] if ready else None, None)
+        download = gr.DownloadButton("Download the steering", first["value"], interactive=bool(ready), elem_id="download", min_width=160)
     with gr.Row(equal_height=True):
         plain = gr.Textbox(label="Unsteered", lines=8, max_lines=12, interactive=False, min_width=240, elem_id="plain")
         steered = gr.Textbox(label="Steered", lines=8, max_lines=12, interactive=False, min_width=240, elem_id="steered")
@@ -268,8 +276,9 @@ def steer_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
     write.click(handlers.pairs, control, [table, notice], trigger_mode="once", **GPU, **PRIVATE)
     inputs, outputs = [control, table, steps, curve, folder], [curve, folder, table, preset, notice]
     training = go.click(handlers.train, inputs, outputs, trigger_mode="once", **STEER, **PRIVATE)
-    stop.click(stopped, curve, curve, cancels=[training], **QUICK)
+    stops(stop, stopped, curve, [training])
     inputs = [chat, preset, folder, strength, sample, seed]
     comparing = compare.click(handlers.compare, inputs, [plain, steered, notice], trigger_mode="once", **GPU, **PRIVATE)
     halt.click(None, cancels=[comparing], **QUICK)
-    download.click(archive, [preset, folder], [download, notice], **QUICK)
+    training.then(archive, [preset, folder], download, **QUICK)
+    preset.change(archive, [preset, folder], download, **QUICK)

@@ -257,7 +257,6 @@ def test_steering_trains_compares_and_downloads(visit, decoder):
     assert decoder.generate(CHAT, max_new_tokens=MAX_REPLY).startswith(plain.strip()[:20])
     with page.expect_download() as download:
         page.click("#download")
-        page.click("#download")
     assert download.value.suggested_filename.endswith(".zip")
 
 
