@@ -206,12 +206,9 @@ def run(job: Job) -> Result:
     items = job.limited(everything)
     main = Setting(job.decoder.config.default_layer)
     draws = make_draws(items, M, job.seed)
-    work = {  # what is scored: (setting, draws, other decoder's name or "")
-        "fixed": (main, draws, ""),
-        "own": (replace(main, message="own"), draws, ""),
-        "hard": (main, make_hard_draws(items, everything, M, job.seed), ""),
-    }
+    work = {"fixed": (main, draws, "")}  # what is scored: (setting, draws, other decoder's name or "")
     work |= {f"fixed/{name}": (main, draws, name) for name in job.rows}
+    work |= {"own": (replace(main, message="own"), draws, ""), "hard": (main, make_hard_draws(items, everything, M, job.seed), "")}
     if job.sweep:
         for form in forms_of(job.data):
             of_form = items if form == "system" else job.limited(items_of(job.data, form)[0])
