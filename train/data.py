@@ -40,6 +40,7 @@ class MixtureConfig:
     qa_per_reading: int = 2  # branches: questions answered from one reading in one pass
     specific: float = 0.4  # share of the pairs after the first whose question is asked of one control only, so that it tells much itself
     default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers
+    shuffled_activations: bool = False  # a fake: what is read is the chat of another example
 
 
 def _pick(rng: random.Random, shares: dict[str, float]) -> str:
@@ -71,18 +72,28 @@ def build_examples(
     Raises LqaError for a mixture that cannot be had.
     """
     rng = random.Random(seed)
-    # Every source draws from its own stream: another share of one does not change the items of the others.
-    streams = {
-        name: _readings(controls, mixture, random.Random(f"{seed}/{name}"))
-        if name == "latentqa"
-        else _published(name, mixture, target, random.Random(f"{seed}/{name}"))
-        for name, share in mixture.sources.items()
-        if share > 0
-    }
+
+    def streams(of: str) -> dict[str, Iterator[dict]]:
+        # Every source draws from its own stream: another share of one does not change the items of the others.
+        return {
+            name: _readings(controls, mixture, random.Random(f"{of}/{name}"))
+            if name == "latentqa"
+            else _published(name, mixture, target, random.Random(f"{of}/{name}"))
+            for name, share in mixture.sources.items()
+            if share > 0
+        }
+
+    own, strangers = streams(f"{seed}"), streams(f"{seed}/strangers")
+    if mixture.shuffled_activations and len(controls) < 2:
+        raise LqaError("mixture.shuffled_activations needs at least two controls.")
     others = [k for k in read_layers if k != default_layer]
     rows = []
     for _ in range(n):
-        row = next(streams[_pick(rng, mixture.sources)])
+        source = _pick(rng, mixture.sources)
+        row = next(own[source])
+        if mixture.shuffled_activations:
+            other = next(other for other in strangers[source] if other["id"] != row["id"])
+            row |= {key: other[key] for key in ("form", "chat", "span")}
         layer = default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)
         rows.append(row | {"layers": [layer], "patched": rng.random() >= mixture.none, "length": _length(row)})
     return Dataset.from_list(rows)
