@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lqa import engine
 from lqa.chat import render
+from lqa.corpus.readings import FORMS
 from lqa.decoder import LatentDecoder, Reading
 from lqa.evals.suite import Job
 from lqa.grounding import map_linearly, text_only_chat
@@ -25,11 +26,11 @@ LEAST = 1e-30  # probabilities below it are rounding
 
 
 class Ask(NamedTuple):
-    """A question put to the decoder over `slots` slots that hold `injected` (slots, D), or are not patched (None)."""
+    """A question, behind a prompt of token ids; of these `slots` hold `injected` (slots, D), or are not patched (None)."""
 
     question: str
-    layer: int
-    slots: int
+    ids: tuple[int, ...]
+    slots: tuple[bool, ...]
     injected: Tensor | None
 
 
@@ -42,46 +43,47 @@ class Said(NamedTuple):
 
 
 def ask_true(reading: Reading, question: str) -> Ask:
-    return Ask(question, reading.layer, len(reading.span), reading.injected)
+    """The question asked of the reading."""
+    ids, slots = reading._prompt_ids()
+    return Ask(question, tuple(ids), tuple(slots), reading.injected if any(slots) else None)
 
 
 def ask_none(reading: Reading, question: str) -> Ask:
     """The reference `none`: the same slots, not patched."""
-    return Ask(question, reading.layer, len(reading.span), None)
+    return ask_true(reading, question)._replace(injected=None)
 
 
 def ask_shuffled(reading: Reading, donor: Reading, question: str) -> Ask:
     """The reference `shuffled`: a donor's activations, mapped linearly onto the reading's slots."""
     n = len(reading.span)
-    return Ask(question, reading.layer, n, donor.injected if len(donor.span) == n else map_linearly(donor.injected, n))
+    return ask_true(reading, question)._replace(injected=donor.injected if len(donor.span) == n else map_linearly(donor.injected, n))
 
 
 def say(
     decoder: LatentDecoder, asks: Sequence[Ask], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, width: int = WIDTH
 ) -> list[Said]:
     """The answers to all `asks`: greedy, or sampled with `seed`."""
-    tokenizer, prompt = decoder.base.tokenizer, decoder.config.prompt
-    stop = prompt.stop_ids(tokenizer)
+    stop = decoder.config.prompt.stop_ids(decoder.base.tokenizer)
 
     def decode(prefix: engine.Prefix, rows: list[engine.Row], number: int) -> list[Said]:
         choose = engine.sampler(temperature, 1.0, seed * 1_000_003 + number)
         return _collect(decoder, engine.decode(decoder.session, prefix, rows, max_new_tokens, stop, choose), len(rows))
 
-    # Greedy, what is the same to the model is decoded once; samples differ.
-    alike = {} if temperature else {_same(ask): ask for ask in asks}
-    if len(alike) in (0, len(asks)):
+    if temperature:  # samples of one prompt differ
         return _batched(decoder, asks, width, decode)
+    keys = [(ask.question, _prompt(ask)) for ask in asks]
+    alike = dict(zip(keys, asks, strict=True))
     said = dict(zip(alike, _batched(decoder, list(alike.values()), width, decode), strict=True))
-    return [said[_same(ask)] for ask in asks]
+    return [said[key] for key in keys]
 
 
 def likelihoods(decoder: LatentDecoder, asks: Sequence[Ask], answers: Sequence[str], *, width: int = 2 * WIDTH) -> list[float]:
     """For every ask the mean log-probability per token (nats, end of turn included) of the answer beside it."""
     tokenizer, prompt = decoder.base.tokenizer, decoder.config.prompt
-    keys = [(_same(ask), text) for ask, text in zip(asks, answers, strict=True)]
+    keys = [(ask.question, _prompt(ask), text) for ask, text in zip(asks, answers, strict=True)]
     alike = dict(zip(keys, asks, strict=True))
     distinct = list(alike.values())
-    texts = [text for _, text in alike]
+    texts = [text for _, _, text in alike]
     in_order = iter([prompt.answer(tokenizer, texts[i]) for i in _order(distinct)])
 
     def score(prefix: engine.Prefix, rows: list[engine.Row], number: int) -> list[float]:
@@ -114,6 +116,11 @@ def score_text_only(decoder: LatentDecoder, readings: Sequence[Reading], questio
     return _bare(decoder, readings, questions, answers, score, 0)
 
 
+def read(job: Job, system: str, message: str, decoder: LatentDecoder | None = None) -> Reading:
+    """The reading of a message under a hidden system prompt, at the decoder's default layer."""
+    return job.read([{"role": "system", "content": system}, {"role": "user", "content": message}], FORMS["system"], decoder=decoder)
+
+
 def further(job: Job) -> dict[str, LatentDecoder]:
     """The decoders besides the suite's own that get a row: text_only_trained if there is one, and those asked for by name."""
     trained = {"text_only_trained": job.text_only_trained} if job.text_only_trained else {}
@@ -123,49 +130,46 @@ def further(job: Job) -> dict[str, LatentDecoder]:
 # --- how -----------------------------------------------------------------------------------------------------------
 
 
-def _same(ask: Ask) -> tuple:
-    return ask.question, ask.layer, ask.slots, None if ask.injected is None else id(ask.injected)
+def _prompt(ask: Ask) -> tuple:
+    """What is prefilled for the ask: the same for asks that may share it."""
+    return ask.ids, None if ask.injected is None else id(ask.injected)
 
 
 def _order(asks: Sequence[Ask]) -> list[int]:
     """Rows in the order of their batches: prompts of one form together, rows of one prompt side by side."""
     first: dict[tuple, int] = {}
     for i, ask in enumerate(asks):
-        first.setdefault(_same(ask)[1:], i)
-    return sorted(range(len(asks)), key=lambda i: (asks[i].layer, asks[i].slots, first[_same(asks[i])[1:]], i))
+        first.setdefault(_prompt(ask), i)
+    return sorted(range(len(asks)), key=lambda i: (len(asks[i].ids), asks[i].ids, first[_prompt(asks[i])], i))
 
 
 def _batched(decoder: LatentDecoder, asks: Sequence[Ask], width: int, run: Callable) -> list:
     """`run(prefix, rows, number)` over batches of at most `width` rows in `_order`; its results in the order of `asks`."""
-    tokenizer, prompt = decoder.base.tokenizer, decoder.config.prompt
     order, results, number = _order(asks), {}, 0
     while order:
-        form = asks[order[0]].layer, asks[order[0]].slots
-        batch = [i for i in order[:width] if (asks[i].layer, asks[i].slots) == form]
+        ids = asks[order[0]].ids
+        batch = [i for i in order[:width] if asks[i].ids == ids]
         order = order[len(batch) :]
-        injected: dict[int | None, Tensor | None] = {}
-        rows = []
-        for i in batch:
-            key = None if asks[i].injected is None else id(asks[i].injected)
-            injected.setdefault(key, asks[i].injected)
-            rows.append(engine.Row(list(injected).index(key), prompt.question(tokenizer, asks[i].question)))
-        results |= zip(batch, run(_prefill(decoder, *form, list(injected.values())), rows, number), strict=True)
+        prompts = {_prompt(asks[i]): asks[i] for i in batch}
+        place = {prompt: n for n, prompt in enumerate(prompts)}
+        suffixes = [decoder.config.prompt.question(decoder.base.tokenizer, asks[i].question) for i in batch]
+        rows = [engine.Row(place[_prompt(asks[i])], suffix) for i, suffix in zip(batch, suffixes, strict=True)]
+        results |= zip(batch, run(_prefill(decoder, list(prompts.values())), rows, number), strict=True)
         number += 1
     return [results[i] for i in range(len(asks))]
 
 
-def _prefill(decoder: LatentDecoder, layer: int, n: int, injected: Sequence[Tensor | None]) -> engine.Prefix:
-    """The prompts with n slots, one row for each of `injected`, as one batch."""
-    base, config = decoder.base, decoder.config
-    ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, n, [layer])
-    values = [x for x in injected if x is not None]
+def _prefill(decoder: LatentDecoder, asks: Sequence[Ask]) -> engine.Prefix:
+    """The prompts of asks with the same ids, one row for each, as one batch."""
+    base, config, ids = decoder.base, decoder.config, [list(ask.ids) for ask in asks]
+    values = [ask.injected for ask in asks if ask.injected is not None]
     if not values:
         with decoder.session() as model:
-            return engine.prefill(model, [ids] * len(injected))
-    mask = torch.tensor([[s and x is not None for s in slots] for x in injected], device=base.device)
+            return engine.prefill(model, ids)
+    slots = torch.tensor([[s and ask.injected is not None for s in ask.slots] for ask in asks], device=base.device)
     with decoder.session() as model, Injection(base, config.write_layer, config.operation) as injection:
-        with injection.armed(mask, torch.cat(values)):
-            return engine.prefill(model, [ids] * len(injected))
+        with injection.armed(slots, torch.cat(values)):
+            return engine.prefill(model, ids)
 
 
 def _bare(decoder: LatentDecoder, readings: Sequence[Reading], questions, answers: Sequence[str], run: Callable, new: int) -> list:

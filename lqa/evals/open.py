@@ -28,7 +28,7 @@ from lqa.corpus.schema import content_words
 from lqa.evals import answers, data
 from lqa.evals.data import QUESTIONS, Item
 from lqa.evals.embedding import PACKAGE, similarities
-from lqa.evals.identify import FIXED_MESSAGE, SPAN
+from lqa.evals.identify import FIXED_MESSAGE
 from lqa.evals.suite import Cell, Job, Result, Table, cell
 
 OTHERS = 7  # controls that an answer is compared with
@@ -127,8 +127,7 @@ def _answer(job: Job, part: str, cases: Sequence[Case], donor: Sequence[int], ch
     where = f"{part}/{','.join(cases[i].item.label for i in chunk)}"
 
     def read(i: int, decoder=None):
-        item = cases[i].item
-        return job.read([{"role": "system", "content": item.control}, {"role": "user", "content": cases[i].message}], SPAN, decoder=decoder)
+        return answers.read(job, cases[i].item.control, cases[i].message, decoder)
 
     def references() -> dict[str, list[str]]:
         readings = {i: read(i) for i in sorted({*chunk, *(donor[i] for i in chunk)})}
@@ -159,7 +158,7 @@ def run(job: Job) -> Result:
     entries = []
     for part, cases in cases_of(job.limited(items)).items():
         entries += scored(part, cases, answer(job, part, cases), job.seed)
-    settings = {"message": FIXED_MESSAGE, "span": SPAN, "layer": job.decoder.config.check_layer(None), "questions": QUESTIONS}
+    settings = {"message": FIXED_MESSAGE, "layer": job.decoder.config.default_layer, "questions": QUESTIONS}
     settings |= {"others": OTHERS, "max_new_tokens": MAX_NEW_TOKENS, "embedding": PACKAGE}
     return Result(source, tables(entries), entries, settings=settings)
 

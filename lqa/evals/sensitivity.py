@@ -28,7 +28,7 @@ import yaml
 from lqa.evals import answers, data
 from lqa.evals.data import QUESTIONS, Item
 from lqa.evals.embedding import PACKAGE, similarities
-from lqa.evals.identify import FIXED_MESSAGE, SPAN
+from lqa.evals.identify import FIXED_MESSAGE
 from lqa.evals.suite import Job, Result, Table, cell
 
 GROUP = 4  # controls whose readings are swapped with each other: 6 swaps
@@ -141,7 +141,7 @@ def run(job: Job) -> Result:
                     "follows": {row: found[n] for row, found in hits.items()},
                 }
             )
-    settings = {"message": FIXED_MESSAGE, "span": SPAN, "layer": job.decoder.config.check_layer(None), "questions": QUESTIONS}
+    settings = {"message": FIXED_MESSAGE, "layer": job.decoder.config.default_layer, "questions": QUESTIONS}
     return Result(source, tables, entries, settings=settings | {"max_new_tokens": MAX_NEW_TOKENS, "embedding": PACKAGE})
 
 
@@ -163,7 +163,7 @@ def _measure(job: Job, where: str, sides: Sequence[Sequence[Side]], donors: Sequ
     pairs = [(i, j) for span in spans for i in span for j in span]  # every reading with every answer of its group
 
     def read(side: Side, decoder=None):
-        return job.read([{"role": "system", "content": side.system}, {"role": "user", "content": side.message}], SPAN, decoder=decoder)
+        return answers.read(job, side.system, side.message, decoder)
 
     def grouped(values: Sequence[float], said: Sequence[str]) -> list[dict]:
         value = dict(zip(pairs, values, strict=True))
