@@ -6,7 +6,6 @@ suite fall together.  The answers are those of `Reading.ask`, up to float roundi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,13 +15,12 @@ from torch import Tensor
 from lqa import engine
 from lqa.chat import render
 from lqa.corpus.readings import FORMS
-from lqa.decoder import LatentDecoder, Reading
+from lqa.decoder import LatentDecoder, Reading, Said
 from lqa.evals.suite import Job
 from lqa.grounding import map_linearly, text_only_chat
 from lqa.injection import Injection
 
 WIDTH = 32  # rows of one batch
-LEAST = 1e-30  # probabilities below it are rounding
 
 
 class Ask(NamedTuple):
@@ -32,14 +30,6 @@ class Ask(NamedTuple):
     ids: tuple[int, ...]
     slots: tuple[bool, ...]
     injected: Tensor | None
-
-
-class Said(NamedTuple):
-    """A decoded answer; `probability`: mean over its tokens; `logprob`: mean log-probability (nats).  0 and log(LEAST) for no tokens."""
-
-    text: str
-    probability: float
-    logprob: float
 
 
 def ask_true(reading: Reading, question: str) -> Ask:
@@ -67,7 +57,7 @@ def say(
 
     def decode(prefix: engine.Prefix, rows: list[engine.Row], number: int) -> list[Said]:
         choose = engine.sampler(temperature, 1.0, seed * 1_000_003 + number)
-        return _collect(decoder, engine.decode(decoder.session, prefix, rows, max_new_tokens, stop, choose), len(rows))
+        return decoder.collect(engine.decode(decoder.session, prefix, rows, max_new_tokens, stop, choose), len(rows))
 
     if temperature:  # samples of one prompt differ
         return _batched(decoder, asks, width, decode)
@@ -100,7 +90,7 @@ def say_text_only(decoder: LatentDecoder, readings: Sequence[Reading], questions
     def decode(prefix: engine.Prefix, suffixes: list[list[int]], _) -> list[str]:
         rows = [engine.Row(0, suffix) for suffix in suffixes]
         steps = engine.decode(decoder.base.decoding, prefix, rows, max_new_tokens, stop)
-        return [said.text for said in _collect(decoder, steps, len(rows))]
+        return [said.text for said in decoder.collect(steps, len(rows))]
 
     return _bare(decoder, readings, questions, [""] * len(readings), decode, max_new_tokens)
 
@@ -186,19 +176,3 @@ def _bare(decoder: LatentDecoder, readings: Sequence[Reading], questions, answer
             prefix = engine.prefill(model, [common])
         found |= zip(part, run(prefix, suffixes, [key[-1] for key in part]), strict=True)
     return [found[key] for key in keys]
-
-
-def _collect(decoder: LatentDecoder, steps, rows: int) -> list[Said]:
-    ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
-    for step in steps:
-        for row, token, probability in step:
-            ids[row].append(token)
-            probabilities[row].append(probability)
-    texts = decoder.base.tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-    def said(text: str, p: list[float]) -> Said:
-        if not p:
-            return Said("", 0.0, math.log(LEAST))
-        return Said(text.strip(), sum(p) / len(p), sum(math.log(max(x, LEAST)) for x in p) / len(p))
-
-    return [said(text, p) for text, p in zip(texts, probabilities, strict=True)]

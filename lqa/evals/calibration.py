@@ -31,7 +31,7 @@ from lqa.calibration import Calibration, fit
 from lqa.evals import answers, data
 from lqa.evals.data import QUESTIONS
 from lqa.evals.embedding import PACKAGE, similarities
-from lqa.evals.identify import FIXED_MESSAGE, M, Draw, centred, hits, make_draws
+from lqa.evals.identify import FIXED_MESSAGE, Draw, M, centred, hits, make_draws
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
 
 SAMPLES = 5
@@ -313,7 +313,7 @@ def _share(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _reference_table(draws: Sequence[Draw], found: Sequence[dict], clusters: list[list[int]], calibration: Calibration, chance: str) -> Table:
+def _reference_table(draws: Sequence[Draw], found: Sequence[dict], clusters: list, calibration: Calibration, chance: str) -> Table:
     """How many answers are right, and the mean fitted confidence in them.  `shuffled`: the answer to the next reading of the kind."""
     kinds = [draw.items[i].kind for draw in draws for i in range(draw.counted)]
     of_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in kinds}
