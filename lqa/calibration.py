@@ -58,14 +58,16 @@ class Calibration:
         return asdict(self)
 
 
-def fit(rows: Sequence[Mapping[str, float]], right: Sequence[float], names: Sequence[str], *, threshold: float, **about) -> Calibration:
-    """Fits the map to answers with the features `rows`, of which `right` (0 or 1) is known; L2-regularised on standardised features.
+def fit(rows: Sequence[Mapping[str, float]], correct: Sequence[float], names: Sequence[str], **about) -> Calibration:
+    """Fits the map by the features `names` to answers with the features `rows`, of which it is known whether they are `correct` (0 or 1).
+
+    L2-regularised on standardised features.  about: `threshold`, `right`, `fitted` of the Calibration.
 
     Raises LqaError if all answers are right, or all wrong: there is nothing to fit.
     """
     from sklearn.linear_model import LogisticRegression
 
-    labels = [int(r > 0.5) for r in right]
+    labels = [int(r > 0.5) for r in correct]
     if len(set(labels)) < 2:
         raise LqaError(f"All {len(labels)} answers are {'right' if labels and labels[0] else 'wrong'}: there is nothing to calibrate on.")
     columns = [[row[name] for row in rows] for name in names]
@@ -76,4 +78,4 @@ def fit(rows: Sequence[Mapping[str, float]], right: Sequence[float], names: Sequ
     model = LogisticRegression(C=1.0).fit(standard, labels)
     weights = [float(w) / s for w, s in zip(model.coef_[0], spreads, strict=True)]
     intercept = float(model.intercept_[0]) - sum(w * m for w, m in zip(weights, means, strict=True))
-    return Calibration(dict(zip(names, weights, strict=True)), intercept, threshold, **about)
+    return Calibration(dict(zip(names, weights, strict=True)), intercept, **about)
