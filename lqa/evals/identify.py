@@ -26,7 +26,7 @@ from lqa.chat import render, resolve_span
 from lqa.corpus.readings import FORMS, control_chat
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
-from lqa.evals.data import QUESTIONS, Item, items_of
+from lqa.evals.data import QUESTIONS, Item, forms_of, items_of
 from lqa.evals.suite import Job, Plot, Result, Table, cell
 from lqa.grounding import text_only_chat, text_only_scores
 
@@ -206,17 +206,13 @@ def run(job: Job) -> Result:
     items = job.limited(everything)
     main = Setting(job.decoder.config.default_layer)
     draws = make_draws(items, M, job.seed)
-    work = {  # what is scored: (setting, draws, other decoder's name or "")
-        "fixed": (main, draws, ""),
-        "own": (replace(main, message="own"), draws, ""),
-        "hard": (main, make_hard_draws(items, everything, M, job.seed), ""),
-    }
+    work = {"fixed": (main, draws, "")}  # what is scored: (setting, draws, other decoder's name or "")
     work |= {f"fixed/{name}": (main, draws, name) for name in job.rows}
+    work |= {"own": (replace(main, message="own"), draws, ""), "hard": (main, make_hard_draws(items, everything, M, job.seed), "")}
     if job.sweep:
-        for form in FORMS:
-            if of_form := items if form == "system" else _items_of_form(job, form):
-                drawn = draws if form == "system" else make_draws(of_form, M, job.seed)
-                work[f"sweep-form/{form}"] = (replace(main, form=form), drawn, "")
+        for form in forms_of(job.data):
+            of_form = items if form == "system" else job.limited(items_of(job.data, form)[0])
+            work[f"sweep-form/{form}"] = (replace(main, form=form), make_draws(of_form, M, job.seed), "")
         work |= {f"sweep-span/{span}": (replace(main, span=span), draws, "") for span in SPANS}
         work |= {f"sweep-layer/{layer}": (replace(main, layer=layer), draws, "") for layer in sorted(job.decoder.config.read_layers)}
 
@@ -246,13 +242,6 @@ def run(job: Job) -> Result:
         plots.append(plot)
     settings = {"m": M, "message": FIXED_MESSAGE, "layer": main.layer, "seed": job.seed, "questions": QUESTIONS, "chance": 1 / M}
     return Result(data | {"items": str(len(items))}, tables, entries, plots, settings)
-
-
-def _items_of_form(job: Job, form: str) -> list[Item]:
-    try:
-        return job.limited(items_of(job.data, form)[0])
-    except LqaError:  # a folder need not hold every form; `system` has been read before
-        return []
 
 
 def _by_reader(found: list[dict[str, Scores]]) -> dict[str, list[Scores]]:
