@@ -59,22 +59,23 @@ def say(
         choose = engine.sampler(temperature, 1.0, seed * 1_000_003 + number)
         return decoder.collect(engine.decode(decoder.session, prefix, rows, max_new_tokens, stop, choose), len(rows))
 
+    prompts = [_prompt(decoder, ask) for ask in asks]
     if temperature:  # samples of one prompt differ
-        return _batched(decoder, asks, width, decode)
-    keys = [(ask.question, _prompt(ask)) for ask in asks]
-    alike = dict(zip(keys, asks, strict=True))
+        return _batched(decoder, prompts, width, decode)
+    alike = {prompt.key: prompt for prompt in prompts}
     said = dict(zip(alike, _batched(decoder, list(alike.values()), width, decode), strict=True))
-    return [said[key] for key in keys]
+    return [said[prompt.key] for prompt in prompts]
 
 
 def likelihoods(decoder: LatentDecoder, asks: Sequence[Ask], answers: Sequence[str], *, width: int = 2 * WIDTH) -> list[float]:
     """For every ask the mean log-probability per token (nats, end of turn included) of the answer beside it."""
-    tokenizer, prompt = decoder.base.tokenizer, decoder.config.prompt
-    keys = [(ask.question, _prompt(ask), text) for ask, text in zip(asks, answers, strict=True)]
-    alike = dict(zip(keys, asks, strict=True))
-    distinct = list(alike.values())
-    texts = [text for _, _, text in alike]
-    in_order = iter([prompt.answer(tokenizer, texts[i]) for i in _order(distinct)])
+    tokenizer, end = decoder.base.tokenizer, decoder.config.prompt
+    # All answers to a question share the pass over it.
+    prompts = [_prompt(decoder, ask).folded() for ask in asks]
+    keys = [(prompt.key, text) for prompt, text in zip(prompts, answers, strict=True)]
+    alike = dict(zip(keys, prompts, strict=True))
+    distinct, texts = list(alike.values()), [text for _, text in alike]
+    in_order = iter([end.answer(tokenizer, texts[i]) for i in _order(distinct)])
 
     def score(prefix: engine.Prefix, rows: list[engine.Row], number: int) -> list[float]:
         return engine.score(decoder.session, prefix, rows, [next(in_order) for _ in rows])
@@ -120,43 +121,64 @@ def further(job: Job) -> dict[str, LatentDecoder]:
 # --- how -----------------------------------------------------------------------------------------------------------
 
 
-def _prompt(ask: Ask) -> tuple:
-    """What is prefilled for the ask: the same for asks that may share it."""
-    return ask.ids, None if ask.injected is None else id(ask.injected)
+class _Prompt(NamedTuple):
+    """What is prefilled (`ids` with their slots), and the tokens of the row that continues it."""
+
+    ids: tuple[int, ...]
+    slots: tuple[bool, ...]
+    injected: Tensor | None
+    suffix: tuple[int, ...]
+
+    @property
+    def prefix(self) -> tuple:
+        """The same for rows that may share what is prefilled."""
+        return self.ids, None if self.injected is None else id(self.injected)
+
+    @property
+    def key(self) -> tuple:
+        return *self.prefix, self.suffix
+
+    def folded(self) -> _Prompt:
+        """The same with all but the last token prefilled."""
+        moved = self.suffix[:-1]
+        return _Prompt(self.ids + moved, self.slots + (False,) * len(moved), self.injected, self.suffix[-1:])
 
 
-def _order(asks: Sequence[Ask]) -> list[int]:
-    """Rows in the order of their batches: prompts of one form together, rows of one prompt side by side."""
+def _prompt(decoder: LatentDecoder, ask: Ask) -> _Prompt:
+    return _Prompt(ask.ids, ask.slots, ask.injected, tuple(decoder.config.prompt.question(decoder.base.tokenizer, ask.question)))
+
+
+def _order(prompts: Sequence[_Prompt]) -> list[int]:
+    """Rows in the order of their batches: prefixes of the same ids together, rows of one prefix side by side."""
     first: dict[tuple, int] = {}
-    for i, ask in enumerate(asks):
-        first.setdefault(_prompt(ask), i)
-    return sorted(range(len(asks)), key=lambda i: (len(asks[i].ids), asks[i].ids, first[_prompt(asks[i])], i))
+    for i, prompt in enumerate(prompts):
+        first.setdefault(prompt.prefix, i)
+    return sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), prompts[i].ids, first[prompts[i].prefix], i))
 
 
-def _batched(decoder: LatentDecoder, asks: Sequence[Ask], width: int, run: Callable) -> list:
-    """`run(prefix, rows, number)` over batches of at most `width` rows in `_order`; its results in the order of `asks`."""
-    order, results, number = _order(asks), {}, 0
+def _batched(decoder: LatentDecoder, prompts: Sequence[_Prompt], width: int, run: Callable) -> list:
+    """`run(prefix, rows, number)` over batches of at most `width` rows in `_order`; its results in the order of `prompts`."""
+    order, results, number = _order(prompts), {}, 0
     while order:
-        ids = asks[order[0]].ids
-        batch = [i for i in order[:width] if asks[i].ids == ids]
+        ids = prompts[order[0]].ids
+        batch = [i for i in order[:width] if prompts[i].ids == ids]
         order = order[len(batch) :]
-        prompts = {_prompt(asks[i]): asks[i] for i in batch}
-        place = {prompt: n for n, prompt in enumerate(prompts)}
-        suffixes = [decoder.config.prompt.question(decoder.base.tokenizer, asks[i].question) for i in batch]
-        rows = [engine.Row(place[_prompt(asks[i])], suffix) for i, suffix in zip(batch, suffixes, strict=True)]
-        results |= zip(batch, run(_prefill(decoder, list(prompts.values())), rows, number), strict=True)
+        prefixes = {prompts[i].prefix: prompts[i] for i in batch}
+        place = {prefix: n for n, prefix in enumerate(prefixes)}
+        rows = [engine.Row(place[prompts[i].prefix], list(prompts[i].suffix)) for i in batch]
+        results |= zip(batch, run(_prefill(decoder, list(prefixes.values())), rows, number), strict=True)
         number += 1
-    return [results[i] for i in range(len(asks))]
+    return [results[i] for i in range(len(prompts))]
 
 
-def _prefill(decoder: LatentDecoder, asks: Sequence[Ask]) -> engine.Prefix:
-    """The prompts of asks with the same ids, one row for each, as one batch."""
-    base, config, ids = decoder.base, decoder.config, [list(ask.ids) for ask in asks]
-    values = [ask.injected for ask in asks if ask.injected is not None]
+def _prefill(decoder: LatentDecoder, prompts: Sequence[_Prompt]) -> engine.Prefix:
+    """Prefixes of the same ids as one batch."""
+    base, config, ids = decoder.base, decoder.config, [list(prompt.ids) for prompt in prompts]
+    values = [prompt.injected for prompt in prompts if prompt.injected is not None]
     if not values:
         with decoder.session() as model:
             return engine.prefill(model, ids)
-    slots = torch.tensor([[s and ask.injected is not None for s in ask.slots] for ask in asks], device=base.device)
+    slots = torch.tensor([[s and prompt.injected is not None for s in prompt.slots] for prompt in prompts], device=base.device)
     with decoder.session() as model, Injection(base, config.write_layer, config.operation) as injection:
         with injection.armed(slots, torch.cat(values)):
             return engine.prefill(model, ids)
