@@ -179,6 +179,17 @@ def test_the_suite_on_a_tiny_decoder(few, tiny_decoder, tmp_path):
     assert run() == (result, made)
 
 
+def test_where_all_answers_are_wrong_nothing_is_fitted_and_the_rest_is_told(few, tiny_decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "_judged", lambda chunk, texts: [0.0] * sum(draw.counted for draw in chunk))
+    with Journal(tmp_path / "journal.jsonl", {}) as journal:
+        result = suite.run(Job("calibration", tiny_decoder(), journal, data=None, limit=None))
+    rows = result.tables["answers"].rows
+    assert list(rows) == [name for name, (_, share) in suite.SIGNALS.items() if share]  # nothing stands for itself but shares
+    assert all(cells[0] is None and cells[1] is not None and cells[2] is None for cells in rows.values())
+    assert result.tables["references"].rows["ours"][0].mean == 0 and result.tables["references"].rows["ours"][1] is None
+    assert all(item["confidence"] is None for item in result.items)
+
+
 def test_right_is_nearest_to_its_own_reference(monkeypatch):
     draw = suite.Draw(tuple(item(i) for i in range(4)), 3)
     import torch

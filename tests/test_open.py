@@ -77,6 +77,7 @@ def test_scores_and_tables_are_those_of_the_similarities(monkeypatch):
     assert list(table.columns) == ["similarity", "generic"] and [c.n for c in table.rows["ours"]] == [3, 3]
     assert [c.mean for c in table.rows["ours"]] == pytest.approx([0.6, 1 / 3])
     assert [c.mean for c in table.rows["none"]] == pytest.approx([0.5, 1.0])  # all the same to it: generic
+    assert table.note == "Generic by chance: 66.7%."  # two others each
 
 
 def test_the_suite_answers_every_table_and_goes_on_where_it_was_killed(job, monkeypatch):
@@ -104,6 +105,11 @@ def test_the_suite_answers_every_table_and_goes_on_where_it_was_killed(job, monk
     again = job(items)
     assert len(again.journal.records) == 2
     assert suite.run(again) == result and list(again.journal.records) == made
+
+
+def test_one_item_has_nothing_to_be_held_against(job):
+    with pytest.raises(LqaError, match="at least 2 items"):
+        suite.run(job([item(0)]))
 
 
 def test_further_decoders_get_a_row(job, tiny_decoder):

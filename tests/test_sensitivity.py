@@ -2,6 +2,7 @@
 
 import pytest
 
+from lqa import LqaError
 from lqa.corpus.schema import content_words
 from lqa.evals import data
 from lqa.evals import sensitivity as suite
@@ -80,6 +81,10 @@ def test_the_suite_on_a_tiny_decoder(tiny_decoder, monkeypatch, tmp_path):
     assert entry["answers"]["ours"][0] == reading.ask(suite.QUESTIONS["goal"], max_new_tokens=4)[0].text
     assert entry["follows"]["ours"]["score"] == suite.swaps(entry["scores"]["ours"])
 
+    items[1:] = [item(0, "persona")]
+    with Journal(tmp_path / "other.jsonl", {}) as journal, pytest.raises(LqaError, match="too few items of one kind"):
+        suite.run(Job("sensitivity", decoder, journal, data=None, limit=None))
+    items[:] = [item(i) for i in range(6)]
     path = tmp_path / "journal.jsonl"
     path.write_text("".join(path.read_text().splitlines(True)[:2]))
     assert run() == (result, made)

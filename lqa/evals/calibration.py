@@ -21,14 +21,17 @@ Every control of a draw of 8 of one kind is read under the same message and aske
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from lqa.calibration import Calibration, fit
-from lqa.evals import answers, data
+from lqa.errors import LqaError
+from lqa.evals import answers, data, embedding
 from lqa.evals.data import QUESTIONS
 from lqa.evals.embedding import PACKAGE, similarities
 from lqa.evals.identify import FIXED_MESSAGE, Draw, M, centred, hits, make_draws
@@ -129,7 +132,7 @@ def measure(job: Job, draws: Sequence[Draw], name: str, *, everything: bool = Tr
         found = _answers(job, chunk, name)
         if everything:
             for more in (_samples(job, chunk, name, found), _references(job, chunk, name), _identified(job, chunk, name)):
-                found = [entry | other for entry, other in zip(found, more, strict=True)]
+                found = [e | o | {"features": e["features"] | o.get("features", {})} for e, o in zip(found, more, strict=True)]
         entries += found
         job.progress(number + 1, len(chunks), name)
     return entries
@@ -184,7 +187,7 @@ def _samples(job: Job, chunk: Sequence[Draw], name: str, found: Sequence[dict]) 
 
     samples = job.once(_where("samples", name, chunk), make)["samples"]
     close = [similarities([entry["answer"]], texts)[0].clamp_min(0).mean().item() for entry, texts in zip(found, samples, strict=True)]
-    return [{"features": entry["features"] | {"agreement": value}} for entry, value in zip(found, close, strict=True)]
+    return [{"features": {"agreement": value}} for value in close]
 
 
 def _references(job: Job, chunk: Sequence[Draw], name: str) -> list[dict]:
@@ -230,7 +233,7 @@ def _identified(job: Job, chunk: Sequence[Draw], name: str) -> list[dict]:
     entries = []
     for draw, scores in zip(chunk, job.once(_where("identify", name, chunk), make)["scores"], strict=True):
         sure = centred(scores).softmax(1).max(1).values.tolist()
-        entries += [{"identified": hit, "softmax": sure[i]} for i, hit in enumerate(hits(scores, draw.counted))]
+        entries += [{"identified": hit, "features": {"softmax": sure[i]}} for i, hit in enumerate(hits(scores, draw.counted))]
     return entries
 
 
@@ -243,6 +246,23 @@ def fit_answers(entries: Sequence[dict], names: Sequence[str] = ALL, **about) ->
     right = [entry["right"] for entry in entries]
     about = {"n": len(right), "share right": round(sum(right) / len(right), 4), **about}
     return fit(rows, right, names, threshold=THRESHOLD, right=RIGHT, fitted=about)
+
+
+def check(folder: Path | None) -> None:
+    """Raises LqaError if the data, or a package that is needed, cannot be had."""
+    data.items_of(folder)
+    embedding.find()
+    if importlib.util.find_spec("sklearn") is None:
+        raise LqaError("The suite calibration needs the package scikit-learn; run `pip install 'lqa[train]'`.")
+
+
+def _fitted(held: Sequence[dict], label: str, features: Sequence[str], found: Sequence[dict]) -> list[float] | None:
+    """The confidence in every entry of `found`, fitted on `held`; None if all of those are right, or all wrong."""
+    rows, right = [entry["features"] for entry in held], [entry[label] for entry in held]
+    if len({r > 0.5 for r in right}) < 2:
+        return None
+    calibration = fit(rows, right, features, threshold=THRESHOLD, right=RIGHT)
+    return [calibration.confidence(entry["features"]) for entry in found]
 
 
 def run(job: Job) -> Result:
@@ -265,33 +285,32 @@ def run(job: Job) -> Result:
     raw: dict[str, list[float] | None] = {
         name: [e["features"][feature] for e in found] if share else None for name, (feature, share) in SIGNALS.items()
     }
-    fitted: dict[str, list[float] | None] = {}
-    for name, features in ({name: (feature,) for name, (feature, _) in SIGNALS.items()} | {"all": ALL}).items():
-        calibration = fit_answers(held, features)
-        fitted[name] = [calibration.confidence(e["features"]) for e in found]
+    features = {name: (feature,) for name, (feature, _) in SIGNALS.items()} | {"all": ALL}
+    fitted = {name: _fitted(held, "right", some, found) for name, some in features.items()}
     raw["all"] = None
     if job.decoder.calibration is not None:
         raw["shipped"], fitted["shipped"] = [job.decoder.calibration.confidence(e["features"]) for e in found], None
-    rows = {name: row(right, raw[name], fitted[name]) for name in raw}
+    measured = [name for name in raw if raw[name] or fitted[name]]
+    rows = {name: row(right, raw[name], fitted[name]) for name in measured}
 
-    identified, sure = [e["identified"] for e in found], [e["softmax"] for e in found]
-    platt = fit([{"softmax": e["softmax"]} for e in held], [e["identified"] for e in held], ["softmax"], threshold=0.0, right="identified")
-    sure_fitted = [platt.confidence({"softmax": s}) for s in sure]
+    identified, sure = [e["identified"] for e in found], [e["features"]["softmax"] for e in found]
+    sure_fitted = _fitted(held, "identified", ("softmax",), found)
     chance = f"chance {_share([1 / len(d.items) for d in draws for _ in range(d.counted)]):.1%}"
-    note = f"Fitted on {len(held)} items of the own validation split."
+    note = f"Fitted on {len(held)} items of the own validation split, of which {_share([e['right'] for e in held]):.1%} are right."
     tables = {
         "answers": Table("Confidence in free answers", COLUMNS, rows, f"{_share(right):.1%} are right, {chance}.  {note}"),
         "identify": Table(
             "Confidence in the description that scores highest",
             COLUMNS,
             {"softmax of centred scores": row(identified, sure, sure_fitted)},
-            f"{_share(identified):.1%} are right, {chance}.  {note}",
+            f"{_share(identified):.1%} are right, {chance}.",
         ),
-        "references": _reference_table(draws, found, clusters, fit_answers(held), chance),
+        "references": _reference_table(draws, found, clusters, held, fitted["all"], chance),
     }
     shown = {f"{name}, raw": (right, values) for name, values in raw.items() if values is not None}
-    shown |= {"all, fitted": (right, fitted["all"]), "identify, fitted": (identified, sure_fitted)}
-    ordered = {name: (right, raw[name] or fitted[name]) for name in raw} | {"identify": (identified, sure)}
+    shown |= {"all, fitted": (right, fitted["all"])} if fitted["all"] else {}
+    shown |= {"identify, fitted": (identified, sure_fitted)} if sure_fitted else {}
+    ordered = {name: (right, raw[name] or fitted[name]) for name in measured} | {"identify": (identified, sure)}
     plots = [_reliability(shown), _abstention(ordered)]
     entries = [
         {
@@ -299,10 +318,10 @@ def run(job: Job) -> Result:
             "answer": e["answer"],
             "right": e["right"],
             "identified": e["identified"],
-            "confidence": round(confidence, 4),
-            **{name: round(value, 4) for name, value in (e["features"] | {"softmax": e["softmax"]}).items()},
+            "confidence": fitted["all"] and round(fitted["all"][i], 4),
+            **{name: round(value, 4) for name, value in e["features"].items()},
         }
-        for e, confidence in zip(found, fitted["all"], strict=True)
+        for i, e in enumerate(found)
     ]
     settings = {"m": M, "message": FIXED_MESSAGE, "layer": job.decoder.config.default_layer, "questions": QUESTIONS, "bins": BINS}
     settings |= {"samples": SAMPLES, "temperature": TEMPERATURE, "max_new_tokens": MAX_NEW_TOKENS, "embedding": PACKAGE, "all": ALL}
@@ -313,22 +332,20 @@ def _share(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _reference_table(draws: Sequence[Draw], found: Sequence[dict], clusters: list, calibration: Calibration, chance: str) -> Table:
+def _reference_table(draws: Sequence[Draw], found: Sequence[dict], clusters: list, held: Sequence[dict], sure, chance: str) -> Table:
     """How many answers are right, and the mean fitted confidence in them.  `shuffled`: the answer to the next reading of the kind."""
     kinds = [draw.items[i].kind for draw in draws for i in range(draw.counted)]
     of_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in kinds}
     donor = {i: own[(n + 1) % len(own)] for own in of_kind.values() for n, i in enumerate(own)}
-    sure = [calibration.confidence(e["features"]) for e in found]
     right = {
         "ours": [e["right"] for e in found],
         "shuffled": _judged(draws, [found[donor[i]]["answer"] for i in range(len(found))]),
         **{row: [e["references"][row] for e in found] for row in found[0]["references"]},
     }
-    confidence = {
-        "ours": sure,
-        "none": [calibration.confidence(e["none"]) for e in found],
-        "shuffled": [sure[donor[i]] for i in range(len(found))],
-    }
+    confidence = {}
+    if sure is not None:
+        none = _fitted(held, "right", ALL, [{"features": e["none"]} for e in found])
+        confidence = {"ours": sure, "none": none, "shuffled": [sure[donor[i]] for i in range(len(found))]}
 
     def mean(values: Sequence[float]) -> Cell:
         return cell([[values[i] for i in cluster] for cluster in clusters])

