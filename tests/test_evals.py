@@ -279,10 +279,14 @@ def test_latentqa_format_is_read_in_place(tmp_path):
         data.latentqa_items(tmp_path)
 
 
-def test_own_test_split_serves_without_outside_data():
+def test_own_test_split_serves_without_outside_data(monkeypatch):
     items, _ = data.items_of(None)
     assert len(items) >= 16 and {i.kind for i in items} <= set(data.QUESTIONS)
     assert all(i.control and i.message and i.answer and i.acknowledgement for i in items)
     hard = make_hard_draws(items, items, 8, seed=0)
     assert sum(draw.counted for draw in hard) >= 0.9 * len(items)  # contrast partners are on one side of the split
     assert data.forms_of(None) == ["control", "stimulus", "system"]
+    some = {items[0].label: [{"message": "What now?", "reply": "This.", "model": "m"}]}
+    monkeypatch.setattr(data, "load_completions", lambda controls: (some, 0))
+    (found,) = data.items_of(None, "stimulus_completion")[0]
+    assert found == items[0]._replace(message="What now?", reply="This.") and data.forms_of(None)[2] == "stimulus_completion"

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from lqa.corpus import Control, load_controls, load_questions, revision
+from lqa.corpus import load_controls, load_questions, revision
+from lqa.corpus.completions import load_completions
 from lqa.corpus.readings import FORMS
 from lqa.errors import LqaError
 
@@ -72,7 +73,9 @@ def items_of(folder: str | Path | None, form: str = "system") -> tuple[list[Item
 
 def forms_of(folder: str | Path | None) -> list[str]:
     """The read forms that there are items of."""
-    return [form for form in FORMS if (_latentqa_place(folder, form) if folder is not None else form != "stimulus_completion")]
+    if folder is not None:
+        return [form for form in FORMS if _latentqa_place(folder, form)]
+    return [form for form in FORMS if corpus_items(form=form)[0]]
 
 
 def _latentqa_place(folder: str | Path, form: str) -> Path | None:
@@ -83,18 +86,19 @@ def _latentqa_place(folder: str | Path, form: str) -> Path | None:
 def corpus_items(split: str = "test", form: str = "system") -> tuple[list[Item], dict[str, str]]:
     """The authored controls of a split, each with its first stimulus as its own message; and what they are: name, sha256.
 
-    There are none of the form "stimulus_completion", which needs replies.
+    Of the form "stimulus_completion" there are as many as have a sampled reply (`python -m lqa data complete`).
     """
-    items = [
-        Item(c.id, c.kind, c.control, c.stimuli[0], c.descriptions[0], c.acknowledgement, "", c.contrast, _own(c), c.short)
-        for c in load_controls(split)
-        if form != "stimulus_completion"
-    ]
+    controls = load_controls(split)
+    messages = {c.id: (c.stimuli[0], "") for c in controls}
+    if form == "stimulus_completion":
+        messages = {label: (found[0]["message"], found[0]["reply"]) for label, found in load_completions(controls)[0].items()}
+    items = []
+    for c in controls:
+        if c.id in messages:
+            message, reply = messages[c.id]
+            own = tuple((pair.question, pair.answer) for pair in c.qa)
+            items.append(Item(c.id, c.kind, c.control, message, c.descriptions[0], c.acknowledgement, reply, c.contrast, own, c.short))
     return items, {"name": f"own {split} split", "sha256": revision()}
-
-
-def _own(control: Control) -> tuple[tuple[str, str], ...]:
-    return tuple((pair.question, pair.answer) for pair in control.qa)
 
 
 def latentqa_items(folder: str | Path, form: str = "system") -> tuple[list[Item], dict[str, str]]:

@@ -209,10 +209,14 @@ def run(job: Job) -> Result:
     work = {"fixed": (main, draws, "")}  # what is scored: (setting, draws, other decoder's name or "")
     work |= {f"fixed/{name}": (main, draws, name) for name in job.rows}
     work |= {"own": (replace(main, message="own"), draws, ""), "hard": (main, make_hard_draws(items, everything, M, job.seed), "")}
+    few: list[str] = []
     if job.sweep:
         for form in forms_of(job.data):
             of_form = items if form == "system" else job.limited(items_of(job.data, form)[0])
-            work[f"sweep-form/{form}"] = (replace(main, form=form), make_draws(of_form, M, job.seed), "")
+            try:
+                work[f"sweep-form/{form}"] = (replace(main, form=form), make_draws(of_form, M, job.seed), "")
+            except LqaError:  # too few items of this form; those of `system` suffice
+                few.append(form)
         work |= {f"sweep-span/{span}": (replace(main, span=span), draws, "") for span in SPANS}
         work |= {f"sweep-layer/{layer}": (replace(main, layer=layer), draws, "") for layer in sorted(job.decoder.config.read_layers)}
 
@@ -238,7 +242,7 @@ def run(job: Job) -> Result:
     plots = [_confusion(draws, found["fixed"])]
     for by in ("form", "span", "layer") if job.sweep else ():
         parts = {name.partition("/")[2]: (work[name][1], found[name]) for name in work if name.startswith(f"sweep-{by}/")}
-        tables[f"sweep-{by}"], plot = _sweep(by, parts, main)
+        tables[f"sweep-{by}"], plot = _sweep(by, parts, main, few)
         plots.append(plot)
     settings = {"m": M, "message": FIXED_MESSAGE, "layer": main.layer, "seed": job.seed, "questions": QUESTIONS, "chance": 1 / M}
     return Result(data | {"items": str(len(items))}, tables, entries, plots, settings)
@@ -285,15 +289,16 @@ def _confusion(draws: list[Draw], found: list[dict[str, Scores]]) -> Plot:
     return Plot("confusion", title, "matrix", {"": {"x": names, "y": rows, "values": values}}, "picked", "true")
 
 
-def _sweep(by: str, parts: dict[str, tuple[list[Draw], list[dict[str, Scores]]]], main: Setting) -> tuple[Table, Plot]:
-    """Accuracy of every reader, for each part (a form, span or layer)."""
+def _sweep(by: str, parts: dict[str, tuple[list[Draw], list[dict[str, Scores]]]], main: Setting, few: list[str]) -> tuple[Table, Plot]:
+    """Accuracy of every reader, for each part (a form, span or layer).  `few`: forms left out."""
     cells = {
         part: {reader: _cells(draws, scores)[0] for reader, scores in _by_reader(found).items()} for part, (draws, found) in parts.items()
     }
     readers = list(next(iter(cells.values())))
     title = f"Accuracy by {'read form' if by == 'form' else 'read layer' if by == 'layer' else 'span'}, the same message for all"
+    left = f" Left out, having too few items: {', '.join(few)}." if few else ""
     note = {
-        "form": f"Layer {main.layer}; a stimulus_completion has its own message and reply.",
+        "form": f"Layer {main.layer}; a stimulus_completion has its own message and reply.{left}",
         "span": f"Layer {main.layer}; of the visible tokens.",
         "layer": "",
     }
