@@ -49,6 +49,8 @@ def _print(document: dict) -> None:
 
 
 def ask(options) -> None:
+    from lqa.calibration import CANNOT_TELL
+
     chat = _chat(options)
     reading = _decoder(options).read(chat, _span(options.span), options.layer)
     answers = reading.ask(options.question, grounding=options.grounding, max_new_tokens=options.max_new_tokens)
@@ -57,7 +59,7 @@ def ask(options) -> None:
         entries = [{"question": e["question"], "answer": e["text"], **{k: e[k] for k in ("confidence", "grounding")}} for e in entries]
         return _print({"answers": entries, "tokens": reading.tokens, "span": list(reading.span), "layer": reading.layer})
     for a in answers:
-        print(f"Q: {a.question}\nA: {a.text}   (confidence {a.confidence:.2f})")
+        print(f"Q: {a.question}\nA: {a.text}   (confidence {a.confidence:.2f}{f'; {CANNOT_TELL}' if a.cannot_tell else ''})")
         for name, text in asdict(a.grounding).items() if a.grounding else ():
             print(f"   {name}: {text}")
 
@@ -94,8 +96,17 @@ def evaluate(options) -> None:
     if first == "tables":
         written = runner.write_tables(rest, options.decoder, options.out or "README.md")
         return print("\n".join(written))
+    if (options.endpoint is None) != (options.judge is None):
+        raise LqaError("Give --endpoint URL and --judge MODEL together: that model behind that endpoint judges the answers of open.")
+    if first == "judge":
+        if len(rest) != 1 or options.judge is None:
+            raise LqaError("Name one results folder and a judge: `python -m lqa eval judge DIR --endpoint URL --judge MODEL`.")
+        runner.judge(rest[0], options.data, options.endpoint, options.judge)
+        return runner.print_report(rest)
     if options.out is None:
         raise LqaError("Name a folder for the results with --out DIR.")
+    if options.judge is not None and "open" not in options.suites:
+        raise LqaError("--judge judges the answers of the suite open; name it among the suites.")
     runner.run(
         options.suites,
         options.out,
@@ -107,6 +118,8 @@ def evaluate(options) -> None:
         text_only_trained=options.text_only_trained,
         rows=[row for row in options.rows.split(",") if row],
     )
+    if options.judge is not None:
+        runner.judge(options.out, options.data, options.endpoint, options.judge)
     runner.print_report([options.out])
 
 
@@ -224,7 +237,8 @@ def parser() -> argparse.ArgumentParser:
         "suites",
         nargs="+",
         metavar="SUITE",
-        help="identify, open, system-prompts, relations, sensitivity, calibration; or: report DIR ...; or: tables [DIR --decoder FOLDER]",
+        help="identify, open, system-prompts, relations, sensitivity, calibration; or: report DIR ...; or: judge DIR; "
+        "or: tables [DIR --decoder FOLDER]",
     )
     sub.add_argument("--data", metavar="DIR", help="outside evaluation data (default: the corpus's own test split)")
     sub.add_argument("--limit", type=int, metavar="N", help="use at most N items of a suite, drawn with the seed")
@@ -234,6 +248,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--rows", default="", metavar="LIST", help="fakes as further rows of identify: random, untrained, or folders, separated by commas"
     )
+    sub.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1, for --judge")
+    sub.add_argument("--judge", metavar="MODEL", help="a model there that judges the answers of open; its key: OPENAI_API_KEY")
     sub.add_argument("--out", metavar="DIR", help="where to write the results; killed, the same command goes on there")
 
     data = commands.add_parser("data", help="Make, import, check and publish the QA corpus.", description="The QA corpus.")

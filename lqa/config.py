@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from lqa.calibration import Calibration
 from lqa.chat import _common_prefix, _header, _skeleton
 from lqa.conditioning import check_conditioning
 from lqa.errors import LqaError
@@ -110,6 +111,7 @@ class DecoderConfig:
     corpus: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
+    calibration: dict | None = None  # of Answer.confidence (lqa.calibration); None: it is the mean token probability
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -131,6 +133,8 @@ class DecoderConfig:
         else:
             self.operation.check()
         check_conditioning(self.conditioning, self.conditioning_constant)
+        if self.calibration is not None:
+            Calibration.load(self.calibration)
         if self.positions not in POSITIONS:
             raise LqaError(f"{SIDECAR}: the position policy {self.positions!r} is unknown; supported are {', '.join(POSITIONS)}.")
         if self.write_layer < -1:
@@ -177,7 +181,7 @@ class DecoderConfig:
             raise LqaError(f"{folder} has no {SIDECAR}; it is not an lqa decoder (or an incomplete download).") from error
         except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError, KeyError) as error:
             raise LqaError(f"{path} is malformed ({type(error).__name__}: {error}); download or train the decoder again.") from error
-        if missing := [f.name for f in fields(cls) if f.name not in data]:
+        if missing := [f.name for f in fields(cls) if f.name not in data and f.name != "calibration"]:  # sidecars before it lack that
             raise LqaError(f"{path} lacks the key(s) {', '.join(missing)}; it was written by another version of lqa.")
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             raise LqaError(f"{path} has the unknown key(s) {', '.join(unknown)}; it was written by another version of lqa.")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lqa import engine
 from lqa.activations import Passes, capture, gather_spans
+from lqa.calibration import Calibration
 from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span, visible_text
 from lqa.conditioning import Projection, condition, reference
 from lqa.config import DecoderConfig
@@ -21,6 +24,7 @@ from lqa.models import Base, load_base
 
 EMBEDDED_DECODER = Path(__file__).parent.parent / "decoders" / "smollm2-135m-instruct"
 MAX_NEW_TOKENS = 48
+LEAST = 1e-30  # a token's probability below it is rounding
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,25 @@ class Grounding:
 
 @dataclass(frozen=True)
 class Answer:
-    """A decoder's answer.  `confidence`: mean probability of its tokens, in [0, 1]; `grounding` is None unless it was asked for."""
+    """A decoder's answer; `grounding` is None unless it was asked for.
+
+    confidence   in [0, 1]: the probability that it is right, by the sidecar's calibration; without one, the mean probability of its tokens
+    cannot_tell  the confidence is below the calibration's threshold: the text is a guess
+    """
 
     question: str
     text: str
     confidence: float
     grounding: Grounding | None = None
+    cannot_tell: bool = False
+
+
+class Said(NamedTuple):
+    """A decoded text; `probability`: mean over its tokens; `logprob`: mean log-probability (nats).  0 and log(LEAST) for no tokens."""
+
+    text: str
+    probability: float
+    logprob: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ class LatentDecoder:
     def __init__(self, base: Base, config: DecoderConfig, name: str, projection: Projection | None = None):
         config.check().check_base(base)
         self.base, self.config, self.name, self.projection = base, config, name, projection
+        self.calibration = None if config.calibration is None else Calibration.load(config.calibration)
 
     @classmethod
     def from_pretrained(
@@ -162,15 +180,19 @@ class LatentDecoder:
         if text != shown:  # it ended inside a character
             yield text[len(shown) :]
 
-    def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[tuple[str, float]]:
-        """Text and mean token probability of every row of a decode."""
+    def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[Said]:
+        """What every row of a decode says."""
         ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
         for step in steps:
             for row, token, probability in step:
                 ids[row].append(token)
                 probabilities[row].append(probability)
         texts = self.base.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [(text.strip(), sum(p) / len(p) if p else 0.0) for text, p in zip(texts, probabilities, strict=True)]
+        found = []
+        for text, p in zip(texts, probabilities, strict=True):
+            n = max(1, len(p))
+            found.append(Said(text.strip(), sum(p) / n, sum(math.log(max(x, LEAST)) for x in p or [0.0]) / n))
+        return found
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -221,8 +243,8 @@ class Reading:
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
         sources = ("true", "none", "shuffled") if grounding else ("true",)
-        answers = self._decode(questions, sources, max_new_tokens)
-        texts = [text for text, _ in answers]
+        said = self._decode(questions, sources, max_new_tokens)
+        texts = [s.text for s in said]
         n = len(questions)
         references: list[Grounding | None] = [None] * n
         if grounding:
@@ -230,7 +252,12 @@ class Reading:
 
             only = text_only(self, questions, max_new_tokens)
             references = [Grounding(*r) for r in zip(texts[n : 2 * n], texts[2 * n :], only, strict=True)]
-        return [Answer(q, *a, g) for q, a, g in zip(questions, answers[:n], references, strict=True)]
+        sure = self._confidence(questions, said[:n])
+        calibration = self.decoder.calibration
+        return [
+            Answer(q, text, c, g, calibration is not None and c < calibration.threshold)
+            for q, text, c, g in zip(questions, texts[:n], sure, references, strict=True)
+        ]
 
     def stream(self, question: str, *, source: str = "true", max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
         """The answer in pieces of text.  `source`: "true", or the references "none" and "shuffled"."""
@@ -259,7 +286,23 @@ class Reading:
 
     # --- how -------------------------------------------------------------------------------------------------------
 
-    def _decode(self, questions: Sequence[str], sources: tuple[str, ...], max_new_tokens: int) -> list[tuple[str, float]]:
+    def _confidence(self, questions: Sequence[str], said: Sequence[Said]) -> list[float]:
+        calibration = self.decoder.calibration
+        if calibration is None:
+            return [s.probability for s in said]
+        features = [{"probability": s.probability, "logprob": s.logprob} for s in said]
+        if "grounded" in calibration.weights:
+            tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
+            ids = [prompt.answer(tokenizer, s.text or ".") for s in said]  # nothing cannot be scored
+
+            def score(source: str) -> list[float]:
+                return engine.score(self.decoder.session, self._prefix((source,)), self._rows(questions, (source,), 1), ids)
+
+            for entry, own, none in zip(features, score("true"), score("none"), strict=True):
+                entry["grounded"] = own - none
+        return [calibration.confidence(entry) for entry in features]
+
+    def _decode(self, questions: Sequence[str], sources: tuple[str, ...], max_new_tokens: int) -> list[Said]:
         rows = self._rows(questions, sources, max_new_tokens)
         stop = self.decoder.config.prompt.stop_ids(self.decoder.base.tokenizer)
         return self.decoder.collect(engine.decode(self.decoder.session, self._prefix(sources), rows, max_new_tokens, stop), len(rows))
