@@ -237,6 +237,13 @@ def resolve_span(span: Span, rendered: Rendered) -> list[int]:
     return indices
 
 
+def visible_text(rendered: Rendered, indices: list[int]) -> str:
+    """The turns that a span touches, as text: what a reference without activations is given."""
+    hidden = hidden_turns(rendered, indices)
+    visible = [f"{role.capitalize()}: {content}" for i, (role, content) in enumerate(rendered.chat) if i not in hidden]
+    return "\n".join(visible) or "(nothing is visible)"
+
+
 def hidden_turns(rendered: Rendered, indices: list[int]) -> set[int]:
     """The hidden context of a reading: the turns that lie wholly outside its span."""
     seen = {rendered.tokens[i].turn for i in indices}

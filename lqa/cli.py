@@ -86,14 +86,28 @@ def chat(options) -> None:
 def evaluate(options) -> None:
     from lqa.evals import runner
 
-    if options.suites[0] == "report":
-        if len(options.suites) < 2:
+    first, *rest = options.suites
+    if first == "report":
+        if not rest:
             raise LqaError("Name at least one results folder: `python -m lqa eval report DIR`.")
-        return runner.print_report(options.suites[1:])
+        return runner.print_report(rest)
+    if first == "tables":
+        written = runner.write_tables(rest, options.decoder, options.out or "README.md")
+        return print("\n".join(written))
     if options.out is None:
         raise LqaError("Name a folder for the results with --out DIR.")
-    results = runner.run(options.suites, options.out, folder=options.data, decoder_source=options.decoder, limit=options.limit)
-    print(runner.report(results))
+    runner.run(
+        options.suites,
+        options.out,
+        folder=options.data,
+        decoder_source=options.decoder,
+        limit=options.limit,
+        seed=options.seed,
+        sweep=options.sweep,
+        text_only_trained=options.text_only_trained,
+        rows=[row for row in options.rows.split(",") if row],
+    )
+    runner.print_report([options.out])
 
 
 def bench(options) -> None:
@@ -204,11 +218,23 @@ def parser() -> argparse.ArgumentParser:
     chat_flags(sub)
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest reply in tokens (default: 128)")
 
-    sub = command("eval", evaluate, "Evaluate a decoder against its references; `eval report DIR ...` prints results again.")
-    sub.add_argument("suites", nargs="+", metavar="SUITE", help="identify; or: report DIR ...")
+    text = "Evaluate a decoder against its references and baselines."
+    sub = command("eval", evaluate, f"{text} `eval report DIR ...` prints results again; `eval tables` writes them into README.md.")
+    sub.add_argument(
+        "suites",
+        nargs="+",
+        metavar="SUITE",
+        help="identify, open, system-prompts, relations, sensitivity, calibration; or: report DIR ...; or: tables [DIR --decoder FOLDER]",
+    )
     sub.add_argument("--data", metavar="DIR", help="outside evaluation data (default: the corpus's own test split)")
-    sub.add_argument("--limit", type=int, metavar="N", help="use at most N items, drawn with a fixed seed")
-    sub.add_argument("--out", metavar="DIR", help="where to write the results")
+    sub.add_argument("--limit", type=int, metavar="N", help="use at most N items of a suite, drawn with the seed")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of draws and samples (default: 0)")
+    sub.add_argument("--sweep", action="store_true", help="identify also by read form, span and layer")
+    sub.add_argument("--text-only-trained", metavar="DIR", help="a decoder trained with visible_text=true, as a further reference")
+    sub.add_argument(
+        "--rows", default="", metavar="LIST", help="fakes as further rows of identify: random, untrained, or folders, separated by commas"
+    )
+    sub.add_argument("--out", metavar="DIR", help="where to write the results; killed, the same command goes on there")
 
     data = commands.add_parser("data", help="Make, import, check and publish the QA corpus.", description="The QA corpus.")
     parts = data.add_subparsers(dest="part", required=True, metavar="PART")

@@ -17,6 +17,7 @@ from lqa.injection import Operation
 SIDECAR = "lqa_config.json"
 SCHEMA_VERSION = 1
 POSITIONS = ("sequential",)
+VISIBLE_TEXT = "visible_text"  # an "injection" that injects nothing: the visible turns stand in the prompt as text
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Prompt:
             ids += head + [slot_token_id] * n_slots + tail
             slots += [False] * len(head) + [True] * n_slots + [False] * len(tail)
         return ids, slots
+
+    def text_prefix(self, tokenizer, text: str, layers: list[int]) -> list[int]:
+        """`prefix` with a text in place of the slots."""
+        ids = _ids(tokenizer, self.start)
+        for layer in layers:
+            ids += _ids(tokenizer, self.block_head.format(layer=layer)) + _ids(tokenizer, text) + _ids(tokenizer, self.block_tail)
+        return ids
 
     def question(self, tokenizer, question: str) -> list[int]:
         return _ids(tokenizer, self.question_head + question.strip() + self.question_tail)
@@ -105,6 +113,11 @@ class DecoderConfig:
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def reads_text(self) -> bool:
+        """True for the reference text_only_trained, which gets the visible turns as text and no activations."""
+        return self.injection == VISIBLE_TEXT
+
+    @property
     def operation(self) -> Operation:
         return Operation(self.injection, self.injection_constant)
 
@@ -112,7 +125,11 @@ class DecoderConfig:
         """Raises LqaError for values that this version cannot honour."""
         if self.schema_version != SCHEMA_VERSION:
             raise LqaError(f"{SIDECAR} has the schema version {self.schema_version!r}, this lqa reads {SCHEMA_VERSION}; update lqa.")
-        self.operation.check()
+        if self.reads_text:
+            if (self.injection_constant, self.conditioning) != (None, "raw"):
+                raise LqaError(f"{SIDECAR}: a decoder that reads visible text has no injection constant and the conditioning 'raw'.")
+        else:
+            self.operation.check()
         check_conditioning(self.conditioning, self.conditioning_constant)
         if self.positions not in POSITIONS:
             raise LqaError(f"{SIDECAR}: the position policy {self.positions!r} is unknown; supported are {', '.join(POSITIONS)}.")

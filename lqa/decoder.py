@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lqa import engine
-from lqa.activations import capture, gather_spans
-from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span
+from lqa.activations import Passes, capture, gather_spans
+from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span, visible_text
 from lqa.conditioning import Projection, condition, reference
 from lqa.config import DecoderConfig
 from lqa.errors import LqaError
@@ -78,33 +78,40 @@ class LatentDecoder:
         base = base or load_base(config.base["name"], device=device, dtype=dtype)
         projected = config.conditioning == "projected"
         decoder = cls(base, config, name, Projection.load(folder, config.read_layers, base.hidden_size) if projected else None)
-        decoder.adapter = base.add_adapter(folder)
+        decoder.adapter, decoder.folder = base.add_adapter(folder), folder
         return decoder
 
     # --- the target --------------------------------------------------------------------------------------------
 
-    def read(self, chat: Chat, span: Span = "all", layer: int | None = None) -> Reading:
+    def read(self, chat: Chat, span: Span = "all", layer: int | None = None, *, passes: Passes | None = None) -> Reading:
         """Runs the target over `chat` up to `layer` (None: the decoder's default) and keeps the activations of `span`.
+
+        passes  where target passes are kept, at all read layers, so that further spans and layers of a chat need none
 
         Raises LqaError for a malformed chat, one longer than the context, a span that selects nothing, or a layer that is not supported.
         """
         layer = self.config.check_layer(layer)
         rendered = self._render(chat)
         indices = resolve_span(span, rendered)
-        activations = self._capture(rendered, indices, layer)
+        activations = self._capture(rendered, indices, layer, passes)
         config = self.config
         found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices)
-        h0 = self._capture(found.rendered, found.places, layer) if found else None
+        h0 = self._capture(found.rendered, found.places, layer, passes) if found else None
         how = (config.conditioning, config.conditioning_constant, self.projection)
         injected = condition(activations, h0, found and found.which, layer, *how)
         return Reading(self, rendered, tuple(indices), layer, activations, injected, conditioned=found is not None)
 
-    def _capture(self, rendered: Rendered, indices: list[int], layer: int) -> Tensor:
-        ids = torch.tensor([rendered.ids], device=self.base.device)
+    def _capture(self, rendered: Rendered, indices: list[int], layer: int, passes: Passes | None) -> Tensor:
+        if passes is None:
+            acts = self._pass(rendered.ids, [layer])
+        else:
+            acts = passes.get(rendered.ids, [layer], lambda: self._pass(rendered.ids, self.config.read_layers))
+        return gather_spans(acts, [indices], [[layer]]).clone()  # outside of inference mode, so that autograd may use it
+
+    def _pass(self, token_ids: list[int], layers: list[int]) -> dict[int, Tensor]:
+        ids = torch.tensor([token_ids], device=self.base.device)
         with self.base.decoding() as model:
-            acts = capture(model, self.base.blocks, ids, torch.ones_like(ids), [layer])
-            activations = gather_spans(acts, [indices], [[layer]])
-        return activations.clone()  # outside of inference mode, so that autograd may use it
+            return capture(model, self.base.blocks, ids, torch.ones_like(ids), layers)
 
     def generate(self, chat: Chat, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> str:
         """The target's own reply to `chat`; greedy unless a temperature is given."""
@@ -273,8 +280,13 @@ class Reading:
             )
         return [engine.Row(i, suffix) for i in range(len(sources)) for suffix in suffixes]
 
-    def _prompt_ids(self) -> tuple[list[int], list[bool]]:
+    def _prompt_ids(self, text: bool = True) -> tuple[list[int], list[bool]]:
+        """The prompt and which of it are slots; a decoder that reads text has the visible turns there, or nothing, and no slots."""
         config = self.decoder.config
+        if config.reads_text:
+            shown = visible_text(self.rendered, list(self.span)) if text else ""
+            ids = config.prompt.text_prefix(self.decoder.base.tokenizer, shown, [self.layer])
+            return ids, [False] * len(ids)
         return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), [self.layer])
 
     def _prefix(self, sources: tuple[str, ...]) -> engine.Prefix:
@@ -288,9 +300,11 @@ class Reading:
 
     def _prefill(self, source: str) -> engine.Prefix:
         """The decoder's pass over prompt and slots: patched with these activations, with a donor's, or not at all."""
-        ids, slots = self._prompt_ids()
+        if self.decoder.config.reads_text and source == "shuffled":
+            raise LqaError("This decoder reads text, no activations; it has no other chat's to be given.")
+        ids, slots = self._prompt_ids(text=source != "none")
         base, config = self.decoder.base, self.decoder.config
-        if source == "none":
+        if source == "none" or config.reads_text:
             with self.decoder.session() as model:
                 return engine.prefill(model, [ids])
         if source == "shuffled":

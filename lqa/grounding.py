@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lqa import engine
-from lqa.chat import render
+from lqa.chat import render, visible_text
 from lqa.decoder import Reading
 from lqa.errors import LqaError
 
@@ -45,8 +45,8 @@ def donor_activations(reading: Reading, donor: Reading | None = None) -> Tensor:
 
 def text_only_chat(reading: Reading, question: str) -> list[dict[str, str]]:
     """What the bare model is told instead of activations: the turns that the span touches, as text, and the question."""
-    visible = [f"{role.capitalize()}: {content}" for i, (role, content) in enumerate(reading.rendered.chat) if i not in reading.hidden]
-    return [{"role": "user", "content": TEXT_ONLY.format(visible="\n".join(visible) or "(nothing is visible)", question=question)}]
+    visible = visible_text(reading.rendered, list(reading.span))
+    return [{"role": "user", "content": TEXT_ONLY.format(visible=visible, question=question)}]
 
 
 def text_only(reading: Reading, questions: Sequence[str], max_new_tokens: int) -> list[str]:

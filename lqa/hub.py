@@ -37,26 +37,28 @@ def write_decoder_card(folder: str | Path, repo_id: str | None = None, name: str
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    from lqa.evals.identify import M
+    from lqa.evals.report import card_tables
+
     folder = Path(folder)
     config = DecoderConfig.load(folder)
     name, base = name or (folder.resolve().name if repo_id is None else repo_id.split("/")[-1]), config.base["name"]
     embedded = folder.resolve() == EMBEDDED_DECODER.resolve()
     source = repo_id or ("" if embedded else f"decoders/{name}")
-    metrics, results = config.metrics.get("identify"), None
-    if metrics:
-        ours = [row for row in metrics["rows"] if row["source"] == "the decoder"]
+    metrics, results = config.metrics, None
+    if identify := metrics.get("identify"):
         results = [
             EvalResult(
                 task_type="question-answering",
                 task_name="LatentQA identify",
                 dataset_type="latentqa",
-                dataset_name=f"{metrics['data']}, {row['message']} message",
-                dataset_config=f"{row['message']} message",  # results of one dataset and config would be merged
+                dataset_name=f"{identify['data']}, {part} message",
+                dataset_config=f"{part} message",  # results of one dataset and config would be merged
                 metric_type="accuracy",
-                metric_name=f"accuracy among {metrics['m']}",
-                metric_value=round(row["accuracy"], 4),
+                metric_name=f"accuracy among {M}",
+                metric_value=round(identify["tables"][part]["rows"]["ours"][0]["mean"], 4),
             )
-            for row in ours
+            for part in ("fixed", "own")
         ]
     card_data = ModelCardData(
         license="apache-2.0",
@@ -82,7 +84,7 @@ def write_decoder_card(folder: str | Path, repo_id: str | None = None, name: str
         training=config.training,
         log=validation,
         plot=LOSS_PLOT if (folder / LOSS_PLOT).is_file() else None,
-        metrics=metrics,
+        metrics=card_tables(metrics),
     )
     path = folder / "README.md"
     path.write_text(str(card), encoding="utf-8")

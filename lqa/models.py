@@ -122,6 +122,10 @@ class Base:
 
         self._tuners = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
 
+    def tuners(self, adapter: str) -> list:
+        """The LoRA layers of an adapter."""
+        return [m for m in self._tuners if adapter in getattr(m, "lora_A", ())]
+
     def add_adapter(self, folder: str | Path) -> str:
         """Loads a LoRA from `folder` (safetensors only) and returns its name; it is switched off until `using(name)`.
 

@@ -29,6 +29,7 @@ class MixtureConfig:
     qa_per_reading: int = 2  # branches: questions answered from one reading in one pass
     specific: float = 0.4  # share of the pairs after the first whose question is asked of one control only, so that it tells much itself
     default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers
+    shuffled_activations: bool = False  # a fake: what is read is a chat under another control than the questions are about
 
 
 def _pick(rng: random.Random, shares: dict[str, float]) -> str:
@@ -55,7 +56,7 @@ def build_examples(
     controls: tuple[Control, ...], n: int, mixture: MixtureConfig, read_layers: list[int], default_layer: int, seed: int
 ) -> Dataset:
     """n examples over `controls`, each control equally often; the same arguments give the same examples."""
-    rng = random.Random(seed)
+    rng, strangers = random.Random(seed), random.Random(f"{seed}/strangers")  # apart: all else is as without them
     messages = load_messages()
     others = [k for k in read_layers if k != default_layer]
     order, rows = [], []
@@ -64,13 +65,16 @@ def build_examples(
             order = rng.sample(controls, len(controls))
         control = order.pop()
         form = _pick(rng, mixture.forms)
-        message = rng.choice(messages) if rng.random() < mixture.pool else rng.choice(control.stimuli)
+        read = control
+        if mixture.shuffled_activations:
+            read = strangers.choice([c for c in controls if c.kind == control.kind and c.id != control.id] or controls)
+        message = rng.choice(messages) if rng.random() < mixture.pool else rng.choice(read.stimuli)
         span = "all" if form == "control" else _pick(rng, mixture.spans)
         rows.append(
             {
                 "id": control.id,
                 "form": form,
-                "chat": control_chat(control, form, message),
+                "chat": control_chat(read, form, message),
                 "span": f"last:{rng.randint(1, 12)}" if span == "last" else span,
                 "layers": [default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)],
                 "qa": question_pairs(control, mixture.qa_per_reading, mixture.specific, rng),

@@ -6,7 +6,7 @@ and a loss with logits at answer positions only.  Everything else (schedules, re
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class LatentQATrainer(SFTTrainer):
         base.find_adapters()
         for adapter in self.model.peft_config.values():  # PEFT has written the folder that the base was loaded from
             adapter.base_model_name_or_path = base.name
-        self._injection = Injection(base, config.write_layer, config.operation)
+        self._injection = nullcontext() if config.reads_text else Injection(base, config.write_layer, config.operation)
 
     # --- one step -----------------------------------------------------------------------------------------------
 

@@ -5,43 +5,104 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
-from lqa.corpus import load_controls, revision
+from lqa.corpus import load_controls, load_questions, revision
 from lqa.errors import LqaError
-from lqa.evals.identify import QUESTIONS, Item
 
 LATENTQA_HOME = "https://github.com/aypan17/latentqa (folder data/eval)"
+RELATIONS_HOME = "https://github.com/PAIR-code/interpretability (folder patchscopes/code/preprocessed_data/factual)"
+QUESTIONS = {kind: questions["description"][0] for kind, questions in load_questions().items()}  # one generic question per kind
+DATA_FILES = (".json", ".jsonl", ".tsv", ".csv")
+
+# LatentQA's names for the parts of a chat, by read form: control, acknowledgement, message, reply.
+LATENTQA_FIELDS = {
+    "system": ("system", None, "stimulus_user", None),
+    "control": ("control_user", None, None, None),
+    "stimulus": ("control_user", "control_model", "stimulus_user", None),
+    "stimulus_completion": ("control_user", "control_model", "stimulus_user", "stimulus_model"),
+}
 
 
-def corpus_items(split: str = "test") -> tuple[list[Item], dict]:
-    """The authored controls of a split, each with its first stimulus as its own message; and what they are: name, sha256."""
-    items = [Item(c.id, c.kind, c.control, c.stimuli[0], c.descriptions[0]) for c in load_controls(split)]
+class Item(NamedTuple):
+    """A control to identify: its label, kind, text, own message, and the first (descriptive) answer about it.
+
+    Further what read forms other than `system` need, and the labels of its near-neighbours where they are known.
+    """
+
+    label: str
+    kind: str
+    control: str
+    message: str
+    answer: str
+    acknowledgement: str = ""
+    reply: str = ""
+    contrast: tuple[str, ...] = ()
+
+    @property
+    def category(self) -> str:
+        return "-".join(self.label.split("-")[:2])
+
+
+def check_folder(folder: str | Path | None) -> None:
+    """Raises LqaError, which names the data's public homes, if there is no such folder (None: the package's own data)."""
+    if folder is not None and not Path(folder).is_dir():
+        homes = f"LatentQA's from {LATENTQA_HOME}, the relations from {RELATIONS_HOME}"
+        raise LqaError(f"There is no folder {folder} with evaluation data; leave --data out, or get {homes}.")
+
+
+def digest(folder: Path | None) -> str:
+    """A sha256 of the names and contents of all data files in `folder`; of the corpus for None."""
+    if folder is None:
+        return revision()
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in DATA_FILES and p.is_file()):
+        total.update(f"{path.relative_to(folder).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def items_of(folder: str | Path | None, form: str = "system") -> tuple[list[Item], dict[str, str]]:
+    """The items of a read form from outside data, or from the package's own test split for None, and what they are: name, sha256."""
+    return latentqa_items(folder, form) if folder is not None else corpus_items(form=form)
+
+
+def corpus_items(split: str = "test", form: str = "system") -> tuple[list[Item], dict[str, str]]:
+    """The authored controls of a split, each with its first stimulus as its own message; and what they are: name, sha256.
+
+    There are none of the form "stimulus_completion", which needs replies.
+    """
+    items = [
+        Item(c.id, c.kind, c.control, c.stimuli[0], c.descriptions[0], c.acknowledgement, contrast=c.contrast)
+        for c in load_controls(split)
+        if form != "stimulus_completion"
+    ]
     return items, {"name": f"own {split} split", "sha256": revision()}
 
 
-def latentqa_items(folder: str | Path) -> tuple[list[Item], dict]:
-    """The system items of LatentQA's evaluation labels that have QA, and what they are: name, sha256 of the two files.
+def latentqa_items(folder: str | Path, form: str = "system") -> tuple[list[Item], dict[str, str]]:
+    """The items of a read form of LatentQA's evaluation labels that have QA, and what they are: name, sha256 of the two files.
 
     They are looked for in `folder`, its latentqa/eval_dev, and its latentqa.
 
     Raises LqaError that names the data's public home.
     """
     for place in (Path(folder), Path(folder, "latentqa", "eval_dev"), Path(folder, "latentqa")):
-        if (place / "system.json").is_file() and (place / "qa.json").is_file():
+        if (place / f"{form}.json").is_file() and (place / "qa.json").is_file():
             break
     else:
-        raise LqaError(f"{folder} holds no system.json and qa.json of LatentQA; get them from {LATENTQA_HOME}.")
-    digest = hashlib.sha256(b"".join((place / name).read_bytes() for name in ("system.json", "qa.json"))).hexdigest()
+        raise LqaError(f"{folder} holds no {form}.json and qa.json of LatentQA; get them from {LATENTQA_HOME}.")
+    sha256 = hashlib.sha256(b"".join((place / name).read_bytes() for name in (f"{form}.json", "qa.json"))).hexdigest()
     try:
         qa = json.loads((place / "qa.json").read_text(encoding="utf-8"))
-        items = [
-            Item(entry["label"], entry["label"].split("-")[0], entry["system"], entry["stimulus_user"], qa[entry["label"]][0][1])
-            for entry in json.loads((place / "system.json").read_text(encoding="utf-8"))
-            if entry["label"] in qa
-        ]
+        items = []
+        for entry in json.loads((place / f"{form}.json").read_text(encoding="utf-8")):
+            if entry["label"] in qa:
+                control, acknowledgement, message, reply = (entry[name] if name else "" for name in LATENTQA_FIELDS[form])
+                label, answer = entry["label"], qa[entry["label"]][0][1]
+                items.append(Item(label, label.split("-")[0], control, message, answer, acknowledgement, reply))
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise LqaError(f"{place} is not in LatentQA's format ({type(error).__name__}: {error}); get it from {LATENTQA_HOME}.") from error
     items = [item for item in items if item.kind in QUESTIONS]
     if not items:
         raise LqaError(f"{place} holds no item with a question; get the data from {LATENTQA_HOME}.")
-    return items, {"name": "LatentQA evaluation labels, system items", "sha256": digest}
+    return items, {"name": f"LatentQA evaluation labels, {form} items", "sha256": sha256}
