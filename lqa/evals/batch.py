@@ -1,11 +1,15 @@
-"""Many prompts in few passes: prompts of one length are one batch.  Suites and baselines run their models through here.
+"""Many prompts in few passes.  Suites and baselines run their models through here; how a pass is patched is lqa.injection's business.
 
-A prompt's last token is left to the row that continues it, so that decoding and scoring (lqa.engine) start from the same prefix.
+Two ways to one batch, and `patch` takes the first that applies:
+
+    equal    prompts that are one but for what is injected: one patched prefill, from which answers can be scored
+    ragged   prompts of different lengths, or such that end in a slot: what they have in common runs once, and the rest of each is a row
+             whose first pass is patched; for decoding
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,11 +20,19 @@ from lqa import engine
 from lqa.activations import capture
 from lqa.chat import Rendered, render
 from lqa.decoder import LatentDecoder
+from lqa.errors import LqaError
 from lqa.grounding import map_linearly
 from lqa.injection import Injection, Operation
 from lqa.models import Base
 
 ROWS = 32  # prompts of one batch
+
+
+class Prompt(NamedTuple):
+    """Token ids, and which of them are slots."""
+
+    ids: list[int]
+    slots: list[bool]
 
 
 class Run(NamedTuple):
@@ -30,41 +42,33 @@ class Run(NamedTuple):
     session: Callable
     prefix: engine.Prefix
     rows: list[engine.Row]
+    scores: bool = True  # whether answers can be scored from it
 
 
 def patch(
-    base: Base,
-    session: Callable,
-    ids: Sequence[int],
-    slots: Sequence[bool],
-    activations: Tensor,
-    write_layer: int,
-    operation: Operation,
-    index: Sequence[int] | None = None,
+    base: Base, session: Callable, prompts: Sequence[Prompt], activations: Sequence[Tensor], write_layer: int, operation: Operation
 ) -> Run:
-    """One prompt, filled with the activations of R sources: (R, n, D) for its n slots.  What stands before the slots runs once for all.
+    """Prompts whose slots receive activations: (n, D) for the n slots of each.  Raises LqaError if one begins with a slot."""
+    index, (ids, slots) = list(range(len(prompts))), prompts[0]
+    values = torch.cat(list(activations))
+    if all(prompt == prompts[0] for prompt in prompts) and not slots[-1]:
+        mask = torch.tensor([slots[:-1]] * len(prompts), device=base.device)
+        with session() as model, Injection(base, write_layer, operation) as injection, injection.armed(mask, values):
+            prefix = engine.prefill(model, [ids[:-1]] * len(prompts))
+        return Run(index, session, prefix, [engine.Row(i, ids[-1:]) for i in index])
+    first = min(prompt.slots.index(True) for prompt in prompts)
+    if not first or any(prompt.ids[:first] != ids[:first] for prompt in prompts):
+        raise LqaError("These prompts have nothing in common before their slots, or begin with one; they cannot be one batch.")
+    with session() as model:
+        prefix = engine.prefill(model, [ids[:first]])
+    longest = max(len(prompt.ids) for prompt in prompts)  # the engine pads rows on the left
+    mask = torch.tensor([[False] * (longest - len(p.ids)) + p.slots[first:] for p in prompts], device=base.device)
+    rows = [engine.Row(0, prompt.ids[first:]) for prompt in prompts]
+    return Run(index, _patched_once(session, Injection(base, write_layer, operation), mask, values), prefix, rows, scores=False)
 
-    The last token may be a slot too: then the first pass of the decoding is patched (and such a run cannot be scored).
-    """
-    count = len(activations)
-    head, last = list(ids[:-1]), list(ids[-1:])
-    inside = sum(slots[:-1])
-    with session() as model, Injection(base, write_layer, operation) as injection:
-        if inside:
-            mask = torch.tensor([list(slots[:-1])] * count, device=base.device)
-            with injection.armed(mask, activations[:, :inside].flatten(0, 1)):
-                prefix = engine.prefill(model, [head] * count)
-        else:
-            prefix = engine.prefill(model, [head])
-    rows = [engine.Row(i if inside else 0, last) for i in range(count)]
-    if slots[-1]:
-        session = _patched_once(session, Injection(base, write_layer, operation), activations[:, -1])
-    return Run(list(index) if index is not None else list(range(count)), session, prefix, rows)
 
-
-def _patched_once(session: Callable, injection: Injection, activations: Tensor) -> Callable:
-    """A session whose first forward pass, over one token a row, is patched, and none after it."""
-    slots = torch.ones(len(activations), 1, dtype=torch.bool, device=activations.device)
+def _patched_once(session: Callable, injection: Injection, slots: Tensor, values: Tensor) -> Callable:
+    """A session whose first forward pass is patched, and none after it."""
     done = False
 
     @contextmanager
@@ -75,38 +79,53 @@ def _patched_once(session: Callable, injection: Injection, activations: Tensor) 
                 yield model
                 return
             with injection:
-                injection.arm(slots, activations)
+                injection.arm(slots, values)
                 yield model
                 done = injection.fired > 0
 
     return patched
 
 
-def plain(base: Base, prompts: Sequence[Sequence[int]]) -> Iterator[Run]:
-    """The bare model on prompts of token ids, those of one length together."""
-    for index in by_length([len(ids) for ids in prompts]):
-        with base.decoding() as model:
-            prefix = engine.prefill(model, [prompts[i][:-1] for i in index])
-        yield Run(index, base.decoding, prefix, [engine.Row(n, list(prompts[i][-1:])) for n, i in enumerate(index)])
-
-
-def asked(decoder: LatentDecoder, layer: int, injected: Sequence[Tensor], question: str, *, patched: bool = True) -> Iterator[Run]:
+def asked(decoder: LatentDecoder, layer: int, injected: Sequence[Tensor], question: str, *, patched: bool = True) -> Iterable[Run]:
     """The decoder asked `question` about activations (N, D) of `layer`, as Reading.ask asks; `patched` False: with its slots untouched."""
     base, config = decoder.base, decoder.config
     suffix = config.prompt.question(base.tokenizer, question)
-    for index in by_length([len(h) for h in injected]):
-        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(injected[index[0]]), [layer])
-        ids, slots = ids + suffix, slots + [False] * len(suffix)
-        if patched:
-            values = torch.stack([injected[i] for i in index])
-            yield patch(base, decoder.session, ids, slots, values, config.write_layer, config.operation, index)
-        else:
-            with decoder.session() as model:
-                prefix = engine.prefill(model, [ids[:-1]])
-            yield Run(index, decoder.session, prefix, [engine.Row(0, ids[-1:])] * len(index))
+    prompts = []
+    for h in injected:
+        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(h), [layer])
+        prompts.append(Prompt(ids + suffix, slots + [False] * len(suffix)))
+    if not patched:
+        yield from plain(base, [prompt.ids for prompt in prompts], decoder.session)
+        return
+    for n in range(0, len(prompts), ROWS):
+        part = slice(n, n + ROWS)
+        run = patch(base, decoder.session, prompts[part], injected[part], config.write_layer, config.operation)
+        yield run._replace(index=[n + i for i in run.index])
 
 
-def texts(base: Base, runs: Iterator[Run] | Sequence[Run], max_new_tokens: int, stop_ids: Sequence[int]) -> list[str]:
+def plain(base: Base, prompts: Sequence[Sequence[int]], session: Callable | None = None) -> Iterable[Run]:
+    """Prompts as they are; in the bare model unless a session says otherwise.  Those of one length are prefilled together."""
+    session = session or base.decoding
+    for index in by_length([len(ids) for ids in prompts]):
+        with session() as model:
+            prefix = engine.prefill(model, [prompts[i][:-1] for i in index])
+        yield Run(index, session, prefix, [engine.Row(n, list(prompts[i][-1:])) for n, i in enumerate(index)])
+
+
+def ragged(base: Base, prompts: Sequence[Sequence[int]]) -> Iterable[Run]:
+    """Prompts of many lengths in the bare model: what they have in common runs once.  (Scoring would run the rest once per answer.)"""
+    for n in range(0, len(prompts), ROWS):
+        common, suffixes = engine.common_prefix(prompts[n : n + ROWS])
+        if not common:
+            yield from (run._replace(index=[n + i for i in run.index]) for run in plain(base, prompts[n : n + ROWS]))
+            continue
+        with base.decoding() as model:
+            prefix = engine.prefill(model, [common])
+        rows = [engine.Row(0, suffix) for suffix in suffixes]
+        yield Run(list(range(n, n + len(rows))), base.decoding, prefix, rows, scores=False)
+
+
+def texts(base: Base, runs: Iterable[Run], max_new_tokens: int, stop_ids: Sequence[int]) -> list[str]:
     """The greedy continuation of every prompt, in the order in which they were given."""
     found: dict[int, list[int]] = {}
     for run in runs:
@@ -118,10 +137,12 @@ def texts(base: Base, runs: Iterator[Run] | Sequence[Run], max_new_tokens: int, 
     return [text.strip() for text in base.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def scores(runs: Iterator[Run] | Sequence[Run], answers: Sequence[Sequence[int]]) -> list[list[float]]:
+def scores(runs: Iterable[Run], answers: Sequence[Sequence[int]]) -> list[list[float]]:
     """For every prompt, the mean log-probability per token (nats) of each of `answers` (token ids) behind it."""
     found: dict[int, list[float]] = {}
     for run in runs:
+        if not run.scores:
+            raise LqaError("Prompts of different lengths, or such that end in a slot, are for decoding; score them one by one.")
         rows = [row for row in run.rows for _ in answers]
         flat = engine.score(run.session, run.prefix, rows, list(answers) * len(run.rows))
         found |= {i: flat[n * len(answers) : (n + 1) * len(answers)] for n, i in enumerate(run.index)}

@@ -30,16 +30,17 @@ import torch
 from torch import Tensor
 
 from lqa.chat import Rendered, render
+from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
 from lqa.evals import batch
 from lqa.evals.baselines.logit_lens import logit_lens
 from lqa.evals.baselines.patchscopes import patchscope
 from lqa.evals.baselines.probe import cross_validated, learnable
 from lqa.evals.baselines.selfie import selfie
+from lqa.evals.data import RELATIONS_HOME
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
 from lqa.grounding import donor_activations, text_only_chat
 
-HOME = "https://github.com/PAIR-code/interpretability (folder patchscopes/code/preprocessed_data/factual)"
 COLUMNS = ("prompt_target", "prompt_source", "subject", "object")
 QUESTIONS = {
     "country_currency": "What is the currency of the country that is mentioned?",
@@ -88,7 +89,7 @@ def load(folder: str | Path | None) -> tuple[dict[str, list[Item]], dict[str, st
     Raises LqaError that names the data's public home.
     """
     if folder is None:
-        raise LqaError(f"The suite relations needs its TSV files; get them from {HOME} and name their folder with --data.")
+        raise LqaError(f"The suite relations needs its TSV files; get them from {RELATIONS_HOME} and name their folder with --data.")
     paths = next((found for place in (Path(folder), Path(folder, "relations")) if (found := sorted(place.glob("*.tsv")))), [])
     items: dict[str, list[Item]] = {}
     lost: dict[str, int] = {}
@@ -97,10 +98,10 @@ def load(folder: str | Path | None) -> tuple[dict[str, list[Item]], dict[str, st
             with open(path, encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file, delimiter="\t"))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise LqaError(f"{path} cannot be read ({error}); get it from {HOME}.") from error
+            raise LqaError(f"{path} cannot be read ({error}); get it from {RELATIONS_HOME}.") from error
         if not rows or (missing := [name for name in COLUMNS if any(row.get(name) is None for row in rows)]):
             what = f"lacks the column {missing[0]}" if rows else "is empty"
-            raise LqaError(f"{path} {what}; it is not one of the relations' files, get them from {HOME}.")
+            raise LqaError(f"{path} {what}; it is not one of the relations' files, get them from {RELATIONS_HOME}.")
         made = [
             Item(f"{path.stem}/{n}", path.stem, row["prompt_target"], row["prompt_source"].strip(), row["subject"], row["object"])
             for n, row in enumerate(rows)
@@ -110,9 +111,14 @@ def load(folder: str | Path | None) -> tuple[dict[str, list[Item]], dict[str, st
         if made:
             items[path.stem] = made
     if not items:
-        raise LqaError(f"{folder} holds no relations (TSV files with rows that can be used); get them from {HOME}.")
+        raise LqaError(f"{folder} holds no relations (TSV files with rows that can be used); get them from {RELATIONS_HOME}.")
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return items, {"name": f"relations ({', '.join(items)})", "sha256": digest}, lost
+
+
+def check(folder: Path | None) -> None:
+    """Raises LqaError if the suite cannot run on this data."""
+    load(folder)
 
 
 def question_of(item: Item) -> str:
@@ -185,24 +191,34 @@ def run(job: Job) -> Result:
 
     hits = {method: {layer: _hits(chosen, method, texts) for layer, texts in by.items()} for method, by in answers.items()}
     _best_target_layer(hits, layers)
-    shown = [method for method in ROWS if method in hits]
+    titles = ROWS | {name: name for name in job.rows}
+    shown = [method for method in titles if method in hits]
     columns = {**dict.fromkeys(chosen, "%"), "all": "%"}
-    rows = {ROWS[m]: [*(_cell(rows, hits[m]) for rows in chosen.values()), _cell(_all(chosen), hits[m])] for m in shown}
+    rows = {titles[m]: [*(_cell(rows, hits[m]) for rows in chosen.values()), _cell(_all(chosen), hits[m])] for m in shown}
     note = (
         f"Share of answers that contain the object; means over the read layers {', '.join(map(str, layers))}; intervals by subject. The "
         f"probe is trained on up to {PROBED} rows of a relation; an object that no other subject has is beyond it and counts as a miss "
         f"({_share_learnable(everything, chosen):.0%} of these items are within it)."
     )
     apart = {method: {default: _hits(chosen, method, texts)} for method, texts in hidden.items()}
-    titles = {"ours": "the decoder", "none": ROWS["none"], "shuffled": ROWS["shuffled"]}
-    other = {titles[m]: [*(_cell(rows, apart[m]) for rows in chosen.values()), _cell(_all(chosen), apart[m])] for m in titles}
+    other = {titles[m]: [*(_cell(rows, apart[m]) for rows in chosen.values()), _cell(_all(chosen), apart[m])] for m in apart}
     series = {}
     for method in shown:
-        cells = [_cell(_all(chosen), {k: by}) for k, by in sorted(hits[method].items(), key=lambda kv: kv[0] or 0)]
-        cells = cells * len(layers) if None in hits[method] else cells
-        series[ROWS[method]] = {"x": list(layers), **{k: [getattr(c, a) for c in cells] for k, a in (("y", "mean"), *_BOUNDS)}}
+        by_layer = {k: hits[method].get(k, hits[method].get(None)) for k in layers}  # those without layers are a level line
+        cells = {k: _cell(_all(chosen), {k: by}) for k, by in by_layer.items() if by is not None}
+        series[titles[method]] = {
+            "x": list(cells),
+            "y": [c.mean for c in cells.values()],
+            "low": [c.low for c in cells.values()],
+            "high": [c.high for c in cells.values()],
+        }
     entries = [
-        {"id": i.id, "layer": k, "answer": answers["ours"][k][i.id], "hits": {m: by.get(k, by.get(None))[i.id] for m, by in hits.items()}}
+        {
+            "id": i.id,
+            "layer": k,
+            "answer": answers["ours"][k][i.id],
+            "hits": {m: by[place][i.id] for m, by in hits.items() for place in (k, None) if place in by},
+        }
         for i in _all(chosen)
         for k in layers
     ]
@@ -231,9 +247,6 @@ def run(job: Job) -> Result:
     )
 
 
-_BOUNDS = (("low", "low"), ("high", "high"))
-
-
 def _cut(rows: list[Item]) -> list[list[Item]]:
     """Parts of at most CHUNK items, as equal as possible: a part of one would have no other reading for `shuffled`."""
     n = -(-len(rows) // CHUNK)
@@ -255,30 +268,29 @@ def _stop(job: Job) -> list[int]:
     return job.decoder.config.prompt.stop_ids(job.decoder.base.tokenizer)
 
 
-def _shuffled(readings: Sequence) -> list[Tensor]:
-    if len(readings) == 1:
-        return [donor_activations(readings[0])]
-    return batch.donated([reading.injected for reading in readings])
+def _asked(job: Job, chats: Sequence, layer: int, question: str) -> tuple[list[Reading], dict[str, list[str]]]:
+    """The decoder's readings of chats, and its answers: "ours", "none", "shuffled", and "ours" of every further decoder of the run."""
+    readings = [job.read(chat, SPAN, layer) for chat in chats]
+    injected = [reading.injected for reading in readings]
 
-
-def _asked(job: Job, readings: Sequence, layer: int, question: str) -> dict[str, list[str]]:
-    """{"ours", "none", "shuffled"}: the decoder's answers.  Unpatched prompts differ in their number of slots only."""
-    decoder, injected = job.decoder, [reading.injected for reading in readings]
-
-    def answers(given: Sequence[Tensor], patched: bool = True) -> list[str]:
-        runs = batch.asked(decoder, layer, given, question, patched=patched)
+    def answers(given: Sequence[Tensor], decoder: LatentDecoder = job.decoder, patched: bool = True) -> list[str]:
+        runs = batch.asked(decoder, decoder.config.check_layer(layer), given, question, patched=patched)
         return batch.texts(decoder.base, runs, NEW_TOKENS, _stop(job))
 
-    lengths = {len(h): h for h in injected}
+    lengths = {len(h): h for h in injected}  # unpatched prompts differ in their number of slots only
     none = dict(zip(lengths, answers(list(lengths.values()), patched=False), strict=True))
-    return {"ours": answers(injected), "none": [none[len(h)] for h in injected], "shuffled": answers(_shuffled(readings))}
+    shuffled = batch.donated(injected) if len(injected) > 1 else [donor_activations(readings[0])]
+    found = {"ours": answers(injected), "none": [none[len(h)] for h in injected], "shuffled": answers(shuffled)}
+    for name, other in job.rows.items():
+        if layer in other.config.read_layers:
+            found[name] = answers([job.read(chat, SPAN, layer, other).injected for chat in chats], other)
+    return readings, found
 
 
 def _read(job: Job, chunk: Sequence[Item], layer: int) -> dict[str, list[str]]:
     """Every method's answers from the activations of `layer`."""
     base = job.decoder.base
-    readings = [job.read(_visible(item), SPAN, layer) for item in chunk]
-    found = _asked(job, readings, layer, question_of(chunk[0]))
+    readings, found = _asked(job, [_visible(item) for item in chunk], layer, question_of(chunk[0]))
     at = [r.span.index(last_token(base.tokenizer, r.rendered, i.subject)) for r, i in zip(readings, chunk, strict=True)]
     subjects = torch.stack([r.activations[n] for r, n in zip(readings, at, strict=True)])
     for target in sorted({layer, *job.decoder.config.read_layers}):
@@ -300,20 +312,24 @@ def first_tokens(tokenizer, name: str) -> set[int]:
 
 def _hidden(job: Job, chunk: Sequence[Item], layer: int) -> dict[str, list[str]]:
     chats = [[{"role": "system", "content": item.snippet}, {"role": "user", "content": CARRIER}] for item in chunk]
-    return _asked(job, [job.read(chat, SPAN, layer) for chat in chats], layer, question_of(chunk[0]))
+    return _asked(job, chats, layer, question_of(chunk[0]))[1]
 
 
 def _from_text(job: Job, chunk: Sequence[Item]) -> dict[str, list[str]]:
     """The bare model's answers, to which layers do not matter."""
     base = job.decoder.base
+    question = question_of(chunk[0])
     readings = [job.read(_visible(item), SPAN) for item in chunk]
-    chats = [text_only_chat(reading, question_of(item)) for reading, item in zip(readings, chunk, strict=True)]
+    chats = [text_only_chat(reading, question) for reading in readings]
     prompts = [re.sub(r"(?<!\w)x(?!\w)", lambda _, i=i: i.subject, i.prompt) for i in chunk]
     told = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
     found = {
-        "text_only": batch.texts(base, batch.plain(base, batch.chat_ids(base, chats)), NEW_TOKENS, _stop(job)),
-        "told": batch.texts(base, batch.plain(base, told), NEW_TOKENS, _stop(job)),
+        "text_only": batch.texts(base, batch.ragged(base, batch.chat_ids(base, chats)), NEW_TOKENS, _stop(job)),
+        "told": batch.texts(base, batch.ragged(base, told), NEW_TOKENS, _stop(job)),
     }
+    if (trained := job.text_only_trained) is not None:
+        own = [job.read(_visible(item), SPAN, None, trained) for item in chunk]
+        found["text_only_trained"] = [reading.ask(question, max_new_tokens=NEW_TOKENS)[0].text for reading in own]
     return found
 
 

@@ -31,7 +31,7 @@ from lqa.evals import batch
 from lqa.evals.baselines.patchscopes import DESCRIPTION, patchscope
 from lqa.evals.baselines.probe import cross_validated
 from lqa.evals.baselines.selfie import selfie
-from lqa.evals.identify import Draw
+from lqa.evals.identify import hits
 from lqa.evals.relations import contains
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
 from lqa.grounding import TEXT_ONLY
@@ -39,8 +39,8 @@ from lqa.grounding import TEXT_ONLY
 FILE = Path(__file__).parent / "system_prompts.yaml"
 SETS = ("easy", "hard")
 SPAN = "turn:-1"
-NEW_TOKENS = 16
-REPLY_TOKENS = 40
+NEW_TOKENS = 12
+REPLY_TOKENS = 32
 COUNTS = (1, 2, 4, 8)  # messages
 ROWS = {
     "ours": "the decoder",
@@ -74,7 +74,7 @@ def load() -> tuple[dict[str, list[Persona]], list[str], str]:
 
 def run(job: Job) -> Result:
     sets, messages, question = load()
-    if job.limit is not None:  # readings of a set
+    if job.limit is not None:  # an item is a persona under a message; each set has at most so many
         messages = messages[: max(1, job.limit // len(sets["easy"]))]
     counts = [n for n in COUNTS if n <= len(messages)]
     total = len(sets) * (len(messages) + 1)
@@ -91,6 +91,7 @@ def run(job: Job) -> Result:
         job.progress(sum(map(len, done.values())) + len(probed), total)
 
     tables, plots, items = {}, [], []
+    titles = ROWS | {name: name for name in job.rows}
     columns = {f"{what}, {n}": "%" for what in ("choice", "named") for n in counts}
     for name, personas in sets.items():
         methods = {method: [made[method] for made in done[name]] for method in done[name][0]}
@@ -98,15 +99,15 @@ def run(job: Job) -> Result:
         if name in probed:
             methods["probe"] = [{"scores": scores} for scores in probed[name]["scores"]]
         rows, series = {}, {}
-        for method in [m for m in ROWS if m in methods]:
+        for method in [m for m in titles if m in methods]:
             made = methods[method]
             chosen = [_cell([choice(personas, [part["scores"] for part in group]) for group in groups(made, n)]) for n in counts]
             named = [
                 _cell([majority(personas, [part["texts"] for part in group]) for group in groups(made, n)]) if "texts" in made[0] else None
                 for n in counts
             ]
-            rows[ROWS[method]] = [*chosen, *named]
-            series[ROWS[method]] = {
+            rows[titles[method]] = [*chosen, *named]
+            series[titles[method]] = {
                 "x": counts,
                 "y": [c.mean for c in chosen],
                 "low": [c.low for c in chosen],
@@ -117,9 +118,9 @@ def run(job: Job) -> Result:
         plots.append(Plot(f"system-prompts-{name}", f"Hidden system prompts, {name}", "lines", series, "messages", "share right"))
         plots.append(_confusion(name, personas, methods["ours"]))
         for m, made in enumerate(methods["ours"]):
-            hits = choice(personas, [made["scores"]])
+            chosen = choice(personas, [made["scores"]])
             for i, persona in enumerate(personas):
-                entry = {"id": f"{name}/{persona.name}/{m}", "answer": made["texts"][i], "choice": hits[i]}
+                entry = {"id": f"{name}/{persona.name}/{m}", "answer": made["texts"][i], "choice": chosen[i]}
                 items.append(entry | {"scores": [round(score, 4) for score in made["scores"][i]]})
     return Result(
         data={"name": "20 personas written for this suite", "sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()},
@@ -157,7 +158,7 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
     replies = batch.texts(base, batch.plain(base, batch.chat_ids(base, [_chat(p, message) for p in personas])), REPLY_TOKENS, stop)
     last = torch.stack([reading.activations[-1] for reading in readings])
     same = len(personas)  # what is the same for every persona is computed once
-    return {
+    found = {
         "ours": both(batch.asked(decoder, layer, injected, question)),
         "none": both(batch.asked(decoder, layer, injected[:1], question, patched=False), same),
         "text_only": both(told([f"User: {message}"]), same),
@@ -166,6 +167,15 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
         # The colon, which the paper's model writes itself, is given, so that answers can be scored behind it.
         "patchscopes": both([patchscope(base, last, DESCRIPTION + ":", "x", layer)]),
     }
+    if (trained := job.text_only_trained) is not None:
+        reading = job.read(_chat(personas[0], message), SPAN, None, trained)
+        scores = reading.logprobs(question, [persona.answer for persona in personas])
+        text = reading.ask(question, max_new_tokens=NEW_TOKENS)[0].text
+        found["text_only_trained"] = {"scores": [scores] * same, "texts": [text] * same}
+    for name, other in job.rows.items():
+        others = [job.read(_chat(persona, message), SPAN, None, other) for persona in personas]
+        found[name] = both(batch.asked(other, other.config.default_layer, [reading.injected for reading in others], question))
+    return found
 
 
 def _probe(job: Job, personas: Sequence[Persona], messages: Sequence[str]) -> dict[str, list]:
@@ -192,23 +202,22 @@ def groups(made: Sequence, n: int) -> list[Sequence]:
 
 def choice(personas: Sequence[Persona], matrices: Sequence[Sequence[Sequence[float]]]) -> list[float]:
     """For every persona, 1 if its own answer has the highest centred score, averaged over messages; a tie counts in part."""
-    mean = torch.tensor(matrices, dtype=torch.float64).mean(0).tolist()
-    return Draw(tuple(p.name for p in personas), tuple(map(tuple, mean)), len(personas)).hits()
+    return hits(torch.tensor(matrices, dtype=torch.float64).mean(0).tolist(), len(personas))
 
 
 def majority(personas: Sequence[Persona], texts: Sequence[Sequence[str]]) -> list[float]:
     """For every persona, 1 if most of its free answers (one list of answers for each message) that name anybody name it."""
-    hits = []
+    named = []
     for i in range(len(personas)):
-        named = Counter(j for answers in texts for j, p in enumerate(personas) if any(contains(answers[i], name) for name in p.names))
-        top = [j for j, count in named.items() if count == max(named.values())]
-        hits.append(1 / len(top) if i in top else 0.0)
-    return hits
+        counts = Counter(j for answers in texts for j, p in enumerate(personas) if any(contains(answers[i], name) for name in p.names))
+        top = [j for j, count in counts.items() if count == max(counts.values())]
+        named.append(1 / len(top) if i in top else 0.0)
+    return named
 
 
-def _cell(hits: Sequence[Sequence[float]]) -> Cell:
+def _cell(values: Sequence[Sequence[float]]) -> Cell:
     """The mean over groups and personas, clustered by persona."""
-    return cell(list(zip(*hits, strict=True)))
+    return cell(list(zip(*values, strict=True)))
 
 
 def _confusion(name: str, personas: Sequence[Persona], made: Sequence[dict]) -> Plot:

@@ -12,7 +12,7 @@ import re
 from torch import Tensor
 
 from lqa.errors import LqaError
-from lqa.evals.batch import Run, patch
+from lqa.evals.batch import Prompt, Run, patch
 from lqa.injection import Operation
 from lqa.models import Base
 
@@ -33,4 +33,5 @@ def patchscope(base: Base, activations: Tensor, prompt: str, placeholder: str, w
     covered = "".join(prompt[a:b] for (a, b), slot in zip(encoded["offset_mapping"], slots, strict=True) if slot)
     if sum(slots) != 1 or covered.strip() != placeholder:
         raise LqaError(f"The prompt {prompt!r} does not hold {placeholder!r} as one token; choose another placeholder.")
-    return patch(base, base.decoding, encoded["input_ids"], slots, activations.unsqueeze(1), write_layer, Operation("replace"))
+    prompts = [Prompt(list(encoded["input_ids"]), slots)] * len(activations)
+    return patch(base, base.decoding, prompts, list(activations.unsqueeze(1)), write_layer, Operation("replace"))

@@ -6,6 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lqa.errors import LqaError
@@ -21,15 +25,8 @@ def cross_validated(activations: Tensor, labels: Sequence[str], groups: Sequence
     training part, by the same kind of folds.  A label that a fold's training part lacks has the log-probability -inf there; so has
     everything where a single label is left to train on.
 
-    Raises LqaError where scikit-learn is missing, or where there are fewer than two groups.
+    Raises LqaError if there are fewer than two groups.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import GridSearchCV, GroupKFold
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise LqaError("The linear probe needs scikit-learn; run `pip install 'lqa[eval]'`.") from error
     x, y, g = activations.float().cpu().numpy(), np.array(labels), np.array(groups)
     names = sorted(set(labels))
     if len(set(groups)) < 2:

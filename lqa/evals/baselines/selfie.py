@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lqa.chat import render
-from lqa.evals.batch import Run, patch
+from lqa.evals.batch import Prompt, Run, patch
 from lqa.injection import Operation
 from lqa.models import Base
 
@@ -28,5 +28,5 @@ def selfie(base: Base, activations: Tensor, write_layer: int = WRITE_LAYER) -> R
     opening = base.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
     ids = [*rendered.ids[:first], *[filler] * PLACEHOLDERS, *rendered.ids[last:], *opening]
     mask = [False] * first + [True] * PLACEHOLDERS + [False] * (len(ids) - first - PLACEHOLDERS)
-    values = activations.unsqueeze(1).expand(-1, PLACEHOLDERS, -1)
-    return patch(base, base.decoding, ids, mask, values, write_layer, Operation("replace"))
+    values = list(activations.unsqueeze(1).expand(-1, PLACEHOLDERS, -1))
+    return patch(base, base.decoding, [Prompt(ids, mask)] * len(values), values, write_layer, Operation("replace"))
