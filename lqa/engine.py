@@ -161,10 +161,20 @@ def decode(
             return
 
 
+def _extended(session: Callable, prefix: Prefix, row: Row) -> Prefix:
+    """The prefix of a row with its suffix behind it, but for the suffix's last token, whose logits are still wanted."""
+    with session() as model:
+        cache = prefix.rows([row.prefix])
+        _logits(model, _left_padded(prefix, [row.suffix[:-1]], model.device), cache, 1)
+    return Prefix(cache, prefix.length + len(row.suffix) - 1)
+
+
 def score(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[float]:
     """The mean log-probability per token, in nats, of each answer (its end included) behind its row's prefix and suffix."""
     if len(rows) != len(answers) or not all(answers):
         raise LqaError("Every row needs one answer with at least one token.")
+    if len(rows) > 1 and len(rows[0].suffix) > 1 and all(row == rows[0] for row in rows):  # one question: run once, not for every answer
+        prefix, rows = _extended(session, prefix, rows[0]), [Row(0, rows[0].suffix[-1:])] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].suffix) + len(answers[i]))
     scores = [0.0] * len(rows)
     while order:

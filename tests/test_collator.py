@@ -238,3 +238,17 @@ def test_another_chat_span_layer_or_model_is_another_file(tmp_path):
     ]
     assert len(set(paths)) == 8 and cache.path([1, 2], [1], [0]) == paths[0]
     assert cache.load(paths[0]) is None
+
+
+def test_a_decoder_of_visible_text_gets_the_turns_as_text_and_no_slots(tiny, config_for, examples):
+    base = tiny("smol")
+    config = config_for(base, injection="visible_text", injection_constant=None)
+    collator = LatentQACollator(base.tokenizer, config, base.context)
+    rows = examples(4, span="turn:-1")
+    batch = collator(rows)
+    assert not batch["slots"].any() and "read_ids" not in batch
+    patched, unpatched = (base.tokenizer.decode(collator.row(rows[i])[0]["input_ids"]) for i in (2, 3))
+    assert "User: What of 2?\n" in patched and "Speak like" not in patched and "What of" not in unpatched
+    plain = LatentQACollator(base.tokenizer, config_for(base), base.context)
+    same = [[t for t in collator_.row(rows[0])[0]["labels"] if t != IGNORE] for collator_ in (collator, plain)]
+    assert same[0] == same[1]  # the same answers are learnt

@@ -8,9 +8,9 @@ import torch
 
 from lqa import LqaError
 from lqa.chat import render
-from lqa.corpus import completions, load_controls, load_messages, split_of
+from lqa.corpus import completions, load_controls, load_messages, message_side, split_of
 from lqa.corpus.completions import _whole, complete, control_hash, load_completions, make_items
-from lqa.corpus.readings import control_chat, message_side
+from lqa.corpus.readings import control_chat
 
 CONTROLS = tuple(replace(c, contrast=()) for c in load_controls()[:9])
 MESSAGES = tuple(m for m in load_messages() if len(m) < 40)

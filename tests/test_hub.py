@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from lqa import LatentDecoder, LqaError
+from lqa.cli import main
 from lqa.config import DecoderConfig
 from lqa.hub import write_decoder_card
 from train import export
@@ -20,11 +21,15 @@ LOG = [
     {"step": 10, "eval_shuffled_loss": 4.3},
     {"step": 20, "loss": 3.5},
 ]
-NUMBERS = {"accuracy": 0.3125, "low": 0.25, "high": 0.375, "n": 280}
+OURS, NONE = {"mean": 0.3125, "low": 0.25, "high": 0.375, "n": 280}, {"mean": 0.125, "low": 0.125, "high": 0.125, "n": 280}
+TABLE = {"title": "One message", "columns": {"accuracy": "%"}, "rows": {"ours": [OURS], "none": [NONE]}, "note": "Chance 12.5%."}
 RESULTS = {
-    "provenance": {"data": "some labels", "items": 280, "command": "python -m lqa eval identify --data DATA"},
-    "fixed": {"m": 8, "table": {"ours": NUMBERS, "none": {"accuracy": 0.125, "low": 0.125, "high": 0.125, "n": 280}}},
-    "own": {"m": 8, "table": {"ours": NUMBERS, "text_only": NUMBERS}},
+    "provenance": {"decoder": {"name": "x"}, "code": "0", "seconds": 1, "command": "python -m lqa eval identify --data DATA"},
+    "data": {"name": "some labels", "sha256": "0"},
+    "tables": {"fixed": TABLE, "own": TABLE | {"title": "Own message"}, "sweep-layer": TABLE | {"title": "By layer"}},
+    "items": [],
+    "plots": [],
+    "settings": {},
 }
 
 
@@ -52,10 +57,25 @@ def test_card_is_valid_and_every_number_comes_from_the_files(run, results, tmp_p
     (first, second) = data["model-index"][0]["results"]
     assert first["metrics"][0]["value"] == 0.3125 and "fixed" in first["dataset"]["name"] and "own" in second["dataset"]["name"]
     text = card.text
-    for expected in ("31.2 %", "25.0 to 37.5 %", "12.5 %", "1,080 readings", "3,240 question-answer pairs", "4.100", "4.300", "![Loss"):
+    figures = ("| ours | 31.2% (25.0 to 37.5) | 280 |", "12.5% (12.5 to 12.5)", "Own message", "some labels", "4.100", "4.300")
+    for expected in (*figures, "1,080 readings", "3,240 question-answer pairs", "![Loss"):
         assert expected in text, expected
-    for leftover in ("{{", "{%", "More Information Needed", "None", str(tmp_path)):
+    for leftover in ("{{", "{%", "More Information Needed", "None", "By layer", str(tmp_path)):
         assert leftover not in text, leftover
+
+
+def test_the_figures_of_a_folder_are_put_into_a_decoder_by_a_command(run, results, capsys):
+    assert main(["eval", "tables", str(results), "--decoder", str(run)]) == 0
+    assert str(run / "README.md") in capsys.readouterr().out
+    assert DecoderConfig.load(run).metrics["identify"]["tables"] == {k: t for k, t in RESULTS["tables"].items() if k != "sweep-layer"}
+    assert "31.2% (25.0 to 37.5)" in (run / "README.md").read_text()
+
+
+def test_the_card_of_a_reference_or_fake_says_what_it_is(decoder_folder):
+    text = decoder_folder("smol", injection="visible_text", injection_constant=None, corpus=MIXTURE, training=TRAINING)
+    assert "reads no activations" in write_decoder_card(text).read_text()
+    mixture = MIXTURE | {"mixture": MIXTURE["mixture"] | {"shuffled_activations": True}}
+    assert "A fake" in write_decoder_card(decoder_folder("smol", corpus=mixture, training=TRAINING)).read_text()
 
 
 def test_card_without_metrics_says_so(run):

@@ -316,6 +316,34 @@ def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     assert torch.allclose(decoder.projection.maps[1][0], maps.maps[1][0], rtol=2e-3, atol=1e-4)
 
 
+def test_visible_text_trains_a_reference_of_the_same_budget(entry, capsys, tiny):
+    """text_only_trained: the same LoRA, steps and data; nothing is fitted, read or injected, whatever the config says of that."""
+    path, out = entry
+    assert main(["--config", str(path), "conditioning=projected", "visible_text=true"]) == 0
+    assert "Fitting" not in capsys.readouterr().err and not (out / "projection.safetensors").exists()
+    config = DecoderConfig.load(out)
+    assert (config.injection, config.conditioning, config.training["steps"], config.lora["r"]) == ("visible_text", "raw", 2, 2)
+    reader = LatentDecoder.from_pretrained(out, base=tiny("llama", max_position_embeddings=4096))
+    chats = [[{"role": "system", "content": f"Be a {who}."}, {"role": "user", "content": "Hello!"}] for who in ("pirate", "cook")]
+    scores = [reader.read(chat, "user").logprobs("Who is it?", ["A pirate."]) for chat in chats]
+    assert scores[0] == scores[1] and scores[0][0] < 0
+
+
+def test_shuffled_activations_are_those_of_another_control_and_the_questions_stay(entry):
+    path, _ = entry
+    rows = [
+        build_trainer(load_config(path, [f"mixture.shuffled_activations={value}", "training_args.max_steps=8"])).train_dataset
+        for value in ("false", "true")
+    ]
+    from lqa.corpus import load_controls
+
+    text = {c.id: c.control for c in load_controls("train")}
+    for own, fake in zip(*rows, strict=True):
+        assert text[own["id"]] == own["chat"][0]["content"] and text[fake["id"]] != fake["chat"][0]["content"]
+        for key in ("id", "layers", "qa", "patched"):
+            assert own[key] == fake[key]
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -8,28 +8,36 @@ An example is a plain mapping, so that a `datasets.Dataset` of examples is all t
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset
 
 from lqa.corpus import Control, load_messages, load_questions
+from lqa.corpus.completions import load_completions
 from lqa.corpus.readings import control_chat
+from lqa.errors import LqaError
 
-FORMS = ("system", "stimulus", "control")  # the read forms that training mixes
+SOURCES = ("latentqa", "context", "facts")  # of examples: readings of the controls, or the rows of a config of the published dataset
+DATASET = Path(__file__).parent.parent / "dataset"
 
 
 @dataclass
 class MixtureConfig:
     """What the examples are made of; shares are probabilities."""
 
+    sources: dict[str, float] = field(default_factory=lambda: {"latentqa": 1.0})
     forms: dict[str, float] = field(default_factory=lambda: {"system": 0.7, "stimulus": 0.2, "control": 0.1})
+    controls: float = 1.0  # share of the training controls; contrast partners stay together
+    dataset: str | None = None  # where the rows of the other sources are read; None: the repository's dataset/
     pool: float = 0.7  # share of messages drawn from the shared pool instead of the control's own stimuli
     spans: dict[str, float] = field(default_factory=lambda: {"turn:-1": 0.8, "last": 0.1, "all": 0.1})
     none: float = 0.05  # share of examples whose slots are not patched
     qa_per_reading: int = 2  # branches: questions answered from one reading in one pass
     specific: float = 0.4  # share of the pairs after the first whose question is asked of one control only, so that it tells much itself
     default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers
-    shuffled_activations: bool = False  # a fake: what is read is a chat under another control than the questions are about
+    shuffled_activations: bool = False  # a fake: what is read is the chat of another example
 
 
 def _pick(rng: random.Random, shares: dict[str, float]) -> str:
@@ -53,35 +61,89 @@ def question_pairs(control: Control, n: int, specific: float, rng: random.Random
 
 
 def build_examples(
-    controls: tuple[Control, ...], n: int, mixture: MixtureConfig, read_layers: list[int], default_layer: int, seed: int
+    controls: tuple[Control, ...], n: int, mixture: MixtureConfig, read_layers: list[int], default_layer: int, seed: int, target: str = ""
 ) -> Dataset:
-    """n examples over `controls`, each control equally often; the same arguments give the same examples."""
-    rng, strangers = random.Random(seed), random.Random(f"{seed}/strangers")  # apart: all else is as without them
-    messages = load_messages()
+    """n examples of the mixture's sources, each control equally often; the same arguments give the same examples.
+
+    target   name of the target, whose tokens the rows of "context" must be counted in
+    Raises LqaError for a mixture that cannot be had.
+    """
+    rng = random.Random(seed)
+
+    def streams(of: str) -> dict[str, Iterator[dict]]:
+        # Every source draws from its own stream: another share of one does not change the items of the others.
+        return {
+            name: _readings(controls, mixture, random.Random(f"{of}/{name}"))
+            if name == "latentqa"
+            else _published(name, mixture, target, random.Random(f"{of}/{name}"))
+            for name, share in mixture.sources.items()
+            if share > 0
+        }
+
+    own, strangers = streams(f"{seed}"), streams(f"{seed}/strangers")
+    if mixture.shuffled_activations and len(controls) < 2:
+        raise LqaError("mixture.shuffled_activations needs at least two controls.")
     others = [k for k in read_layers if k != default_layer]
-    order, rows = [], []
+    rows = []
     for _ in range(n):
+        source = _pick(rng, mixture.sources)
+        row = next(own[source])
+        if mixture.shuffled_activations:
+            other = next(other for other in strangers[source] if other["id"] != row["id"])
+            row |= {key: other[key] for key in ("form", "chat", "span")}
+        layer = default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)
+        rows.append(row | {"layers": [layer], "patched": rng.random() >= mixture.none})
+    return Dataset.from_list(rows)
+
+
+def _readings(controls: tuple[Control, ...], mixture: MixtureConfig, rng: random.Random) -> Iterator[dict]:
+    """Readings of the controls, without end."""
+    messages = load_messages("train")
+    completions = load_completions(controls)[0] if mixture.forms.get("stimulus_completion") else {}
+    order: list[Control] = []
+    while True:
         if not order:
             order = rng.sample(controls, len(controls))
         control = order.pop()
         form = _pick(rng, mixture.forms)
-        read = control
-        if mixture.shuffled_activations:
-            read = strangers.choice([c for c in controls if c.kind == control.kind and c.id != control.id] or controls)
-        message = rng.choice(messages) if rng.random() < mixture.pool else rng.choice(read.stimuli)
-        span = "all" if form == "control" else _pick(rng, mixture.spans)
-        rows.append(
-            {
-                "id": control.id,
-                "form": form,
-                "chat": control_chat(read, form, message),
-                "span": f"last:{rng.randint(1, 12)}" if span == "last" else span,
-                "layers": [default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)],
-                "qa": question_pairs(control, mixture.qa_per_reading, mixture.specific, rng),
-                "patched": rng.random() >= mixture.none,
-            }
+        message = rng.choice(messages) if rng.random() < mixture.pool else rng.choice(control.stimuli)
+        reply, span = None, _pick(rng, mixture.spans)
+        if form == "stimulus_completion":
+            if replies := completions.get(control.id):
+                chosen = rng.choice(replies)
+                message, reply = chosen["message"], chosen["reply"]
+                span = "from:2" if span == "turn:-1" else span  # the reply with the message that it answers
+            else:
+                form = "stimulus"  # the target's reply to this control was dropped
+        if form == "control":
+            span = "all"
+        yield {
+            "id": control.id,
+            "form": form,
+            "chat": control_chat(control, form, message, reply),
+            "span": f"last:{rng.randint(1, 12)}" if span == "last" else span,
+            "qa": question_pairs(control, mixture.qa_per_reading, mixture.specific, rng),
+        }
+
+
+def _published(name: str, mixture: MixtureConfig, target: str, rng: random.Random) -> Iterator[dict]:
+    """The training rows of a config of the published dataset in seeded order, again and again."""
+    from datasets import load_dataset
+
+    folder = mixture.dataset or str(DATASET)
+    try:
+        rows = load_dataset(folder, name, split="train").to_list()
+    except (OSError, ValueError) as error:
+        raise LqaError(f"The source {name!r} cannot be read from {folder} ({error}); build it with `python -m lqa data build`.") from error
+    if name == "context" and (others := {row["target"] for row in rows} - {target}):
+        raise LqaError(
+            f"The context predictions in {folder} are counted in tokens of {', '.join(sorted(others))}, not of {target}; "
+            "build them with `python -m lqa data build --base` and name that folder as mixture.dataset."
         )
-    return Dataset.from_list(rows)
+    while True:
+        for row in rng.sample(rows, len(rows)):
+            qa = [{"question": pair["question"], "answer": pair["answer"]} for pair in row["qa"]]
+            yield {"id": row["id"], "form": name, "chat": row["chat"], "span": row["span"], "qa": qa}
 
 
 def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConfig, layer: int, seed: int) -> dict[str, Dataset]:
@@ -90,7 +152,7 @@ def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConf
     The difference of the two losses is what answers owe to the activations.
     """
     rng = random.Random(seed)
-    messages = load_messages()
+    messages = load_messages("validation")
     true, shuffled = [], []
     for i in range(n):
         control = controls[i % len(controls)]

@@ -99,10 +99,11 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
 
     from lqa import corpus
     from lqa.config import VISIBLE_TEXT, DecoderConfig, default_prompt
+    from lqa.corpus.readings import FORMS
     from lqa.models import load_base
     from lqa.provenance import code_version
     from train.collator import ActivationCache, LatentQACollator
-    from train.data import FORMS, build_examples, build_validation
+    from train.data import SOURCES, build_examples, build_validation
     from train.projection import ProjectionConfig
     from train.trainer import LatentQATrainer
 
@@ -119,10 +120,14 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
         fitting = ProjectionConfig(**config.projection)
         lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | config.lora)
         layers = [int(k) for k in config.read_layers]
+        train = corpus.share_of(corpus.load_controls("train"), mixture.controls)
         if unknown := set(mixture.forms) - set(FORMS):
             raise ValueError(f"mixture.forms has {sorted(unknown)[0]!r}; the forms are {', '.join(FORMS)}")
-        if not 1 <= fitting.messages <= len(corpus.load_messages()):
-            raise ValueError(f"projection.messages must be between 1 and {len(corpus.load_messages())}, not {fitting.messages}")
+        if unknown := set(mixture.sources) - set(SOURCES):
+            raise ValueError(f"mixture.sources has {sorted(unknown)[0]!r}; the sources are {', '.join(SOURCES)}")
+        messages = len(corpus.load_messages("train"))
+        if not 1 <= fitting.messages <= messages:
+            raise ValueError(f"projection.messages must be between 1 and {messages}, not {fitting.messages}")
         if not config.slot_token:
             raise ValueError("slot_token is empty")
     except (TypeError, ValueError, AttributeError) as error:
@@ -150,12 +155,12 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
         | ({"projection": vars(fitting)} if config.conditioning == "projected" else {}),
     )
     sidecar.check().check_base(base)
-    train, validation = corpus.load_controls("train"), corpus.load_controls("validation")
+    validation = corpus.load_controls("validation")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     n = config.examples or args.max_steps * batch
     if n <= 0:
         raise LqaError("Set training_args.max_steps or examples, so that the number of training examples is known.")
-    data = build_examples(train, n, mixture, config.read_layers, config.default_layer, args.seed)
+    data = build_examples(train, n, mixture, config.read_layers, config.default_layer, args.seed, base.name)
     evaluation = None
     if args.eval_strategy != "no":
         evaluation = build_validation(validation, config.validation_readings, mixture, config.default_layer, args.seed)

@@ -37,7 +37,7 @@ class ProjectionConfig:
 def fit_projection(base: Base, config: DecoderConfig, controls: tuple[Control, ...], how: ProjectionConfig, seed: int) -> Projection:
     """The maps of `config.read_layers` for `controls`; the same arguments give the same maps.  Raises LqaError for too little data."""
     rng = random.Random(seed)
-    messages = load_messages()
+    messages = load_messages("train")
     readings = []  # (ids, span, ids of the reference, its span, control)
     for which, control in enumerate(controls):
         for message in rng.sample(messages, how.messages):

@@ -65,6 +65,7 @@ class LatentQATrainer(SFTTrainer):
         for adapter in self.model.peft_config.values():  # PEFT has written the folder that the base was loaded from
             adapter.base_model_name_or_path = base.name
         self._injection = nullcontext() if config.reads_text else Injection(base, config.write_layer, config.operation)
+        self._pairs = sum(map(len, self.train_dataset["qa"])) if self.train_dataset is not None else 0
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -147,12 +148,12 @@ class LatentQATrainer(SFTTrainer):
         """The sidecar with the figures of the training so far."""
         state, args = self.state, self.args
         rows = state.global_step * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        pairs = len(self.train_dataset[0]["qa"]) if self.train_dataset is not None else 0
+        pairs = self._pairs / len(self.train_dataset) if self.train_dataset is not None else 0
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         training = self.decoder_config.training | {
             "steps": state.global_step,
             "readings": rows,
-            "qa_pairs": rows * pairs,
+            "qa_pairs": round(rows * pairs),  # on average: the order is the sampler's
             "learning_rate": args.learning_rate,
             "seed": args.seed,
             "last_loss": losses[-1] if losses else None,

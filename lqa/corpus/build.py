@@ -17,7 +17,7 @@ from pathlib import Path
 from lqa import corpus
 from lqa.corpus import checks, schema
 from lqa.corpus.completions import FOLDER, load_completions
-from lqa.corpus.readings import message_side, readings_of
+from lqa.corpus.readings import readings_of
 from lqa.corpus.schema import Control, read_controls
 from lqa.corpus.stats import load_readings, statistics, table
 from lqa.errors import LqaError
@@ -52,13 +52,13 @@ def build_readings(controls: Sequence[Control], messages: Sequence[str], complet
     keeps its message (PRIORITY).
     """
     sides = corpus.split_of(controls)
-    entries = [(sides[c.id], text) for c in controls for text in c.stimuli] + [(message_side(m), m) for m in messages]
+    entries = [(sides[c.id], text) for c in controls for text in c.stimuli] + [(corpus.message_side(m), m) for m in messages]
     dropped: set[int] = set()
     for i, j, _ in checks.near_duplicates([text for _, text in entries]):
         if entries[i][0] != entries[j][0]:
             dropped.add(max(i, j, key=lambda k: PRIORITY.index(entries[k][0])))
     lost = {entries[k] for k in dropped}
-    pools = {side: [m for m in messages if message_side(m) == side and (side, m) not in lost] for side in PRIORITY}
+    pools = {side: [m for m in messages if corpus.message_side(m) == side and (side, m) not in lost] for side in PRIORITY}
     splits: dict[str, list[dict]] = {"train": [], "validation": [], "test": [], "test_pool": []}
     questions = corpus.load_questions()
     for control in controls:

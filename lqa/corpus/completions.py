@@ -21,8 +21,8 @@ from pathlib import Path
 from lqa import engine
 from lqa.chat import render
 from lqa.config import default_prompt
-from lqa.corpus import HERE, load_controls, load_messages, split_of
-from lqa.corpus.readings import control_chat, message_side, pool_message
+from lqa.corpus import HERE, load_controls, load_messages, message_side, split_of
+from lqa.corpus.readings import control_chat, pool_message
 from lqa.corpus.schema import Control
 from lqa.errors import LqaError
 

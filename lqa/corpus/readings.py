@@ -11,7 +11,6 @@ A row of the dataset's config `latentqa`, and what the importer and `stats` unde
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 
@@ -36,12 +35,6 @@ def control_chat(control: Control, form: str, message: str, reply: str | None = 
             raise ValueError("the form 'stimulus_completion' needs a reply")
         return [*control_chat(control, "stimulus", message), {"role": "assistant", "content": reply}]
     raise ValueError(f"unknown form {form!r}; use {', '.join(FORMS)}")
-
-
-def message_side(message: str) -> str:
-    """The split that a message of the pool belongs to: a tenth each for validation and test, by its text alone."""
-    share = int(hashlib.sha256(message.encode()).hexdigest()[:8], 16) / 16**8
-    return "test" if share < 0.1 else "validation" if share < 0.2 else "train"
 
 
 def pool_message(control: Control, pool: Sequence[str], rng: random.Random) -> str:

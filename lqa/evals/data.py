@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lqa.corpus import load_controls, load_questions, revision
+from lqa.corpus.completions import load_completions
+from lqa.corpus.readings import FORMS
 from lqa.errors import LqaError
 
 LATENTQA_HOME = "https://github.com/aypan17/latentqa (folder data/eval)"
@@ -66,16 +68,32 @@ def items_of(folder: str | Path | None, form: str = "system") -> tuple[list[Item
     return latentqa_items(folder, form) if folder is not None else corpus_items(form=form)
 
 
+def forms_of(folder: str | Path | None) -> list[str]:
+    """The read forms that there are items of."""
+    if folder is not None:
+        return [form for form in FORMS if _latentqa_place(folder, form)]
+    return [form for form in FORMS if corpus_items(form=form)[0]]
+
+
+def _latentqa_place(folder: str | Path, form: str) -> Path | None:
+    places = (Path(folder), Path(folder, "latentqa", "eval_dev"), Path(folder, "latentqa"))
+    return next((p for p in places if (p / f"{form}.json").is_file() and (p / "qa.json").is_file()), None)
+
+
 def corpus_items(split: str = "test", form: str = "system") -> tuple[list[Item], dict[str, str]]:
     """The authored controls of a split, each with its first stimulus as its own message; and what they are: name, sha256.
 
-    There are none of the form "stimulus_completion", which needs replies.
+    Of the form "stimulus_completion" there are as many as have a sampled reply (`python -m lqa data complete`).
     """
-    items = [
-        Item(c.id, c.kind, c.control, c.stimuli[0], c.descriptions[0], c.acknowledgement, contrast=c.contrast)
-        for c in load_controls(split)
-        if form != "stimulus_completion"
-    ]
+    controls = load_controls(split)
+    messages = {c.id: (c.stimuli[0], "") for c in controls}
+    if form == "stimulus_completion":
+        messages = {label: (found[0]["message"], found[0]["reply"]) for label, found in load_completions(controls)[0].items()}
+    items = []
+    for c in controls:
+        if c.id in messages:
+            message, reply = messages[c.id]
+            items.append(Item(c.id, c.kind, c.control, message, c.descriptions[0], c.acknowledgement, reply, c.contrast))
     return items, {"name": f"own {split} split", "sha256": revision()}
 
 
@@ -86,10 +104,8 @@ def latentqa_items(folder: str | Path, form: str = "system") -> tuple[list[Item]
 
     Raises LqaError that names the data's public home.
     """
-    for place in (Path(folder), Path(folder, "latentqa", "eval_dev"), Path(folder, "latentqa")):
-        if (place / f"{form}.json").is_file() and (place / "qa.json").is_file():
-            break
-    else:
+    place = _latentqa_place(folder, form)
+    if place is None:
         raise LqaError(f"{folder} holds no {form}.json and qa.json of LatentQA; get them from {LATENTQA_HOME}.")
     sha256 = hashlib.sha256(b"".join((place / name).read_bytes() for name in (f"{form}.json", "qa.json"))).hexdigest()
     try:

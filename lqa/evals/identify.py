@@ -26,7 +26,7 @@ from lqa.chat import render, resolve_span
 from lqa.corpus.readings import FORMS, control_chat
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
-from lqa.evals.data import QUESTIONS, Item, items_of
+from lqa.evals.data import QUESTIONS, Item, forms_of, items_of
 from lqa.evals.suite import Job, Plot, Result, Table, cell
 from lqa.grounding import text_only_chat, text_only_scores
 
@@ -206,17 +206,17 @@ def run(job: Job) -> Result:
     items = job.limited(everything)
     main = Setting(job.decoder.config.default_layer)
     draws = make_draws(items, M, job.seed)
-    work = {  # what is scored: (setting, draws, other decoder's name or "")
-        "fixed": (main, draws, ""),
-        "own": (replace(main, message="own"), draws, ""),
-        "hard": (main, make_hard_draws(items, everything, M, job.seed), ""),
-    }
+    work = {"fixed": (main, draws, "")}  # what is scored: (setting, draws, other decoder's name or "")
     work |= {f"fixed/{name}": (main, draws, name) for name in job.rows}
+    work |= {"own": (replace(main, message="own"), draws, ""), "hard": (main, make_hard_draws(items, everything, M, job.seed), "")}
+    few: list[str] = []
     if job.sweep:
-        for form in FORMS:
-            if of_form := items if form == "system" else _items_of_form(job, form):
-                drawn = draws if form == "system" else make_draws(of_form, M, job.seed)
-                work[f"sweep-form/{form}"] = (replace(main, form=form), drawn, "")
+        for form in forms_of(job.data):
+            of_form = items if form == "system" else job.limited(items_of(job.data, form)[0])
+            try:
+                work[f"sweep-form/{form}"] = (replace(main, form=form), make_draws(of_form, M, job.seed), "")
+            except LqaError:  # too few items of this form; those of `system` suffice
+                few.append(form)
         work |= {f"sweep-span/{span}": (replace(main, span=span), draws, "") for span in SPANS}
         work |= {f"sweep-layer/{layer}": (replace(main, layer=layer), draws, "") for layer in sorted(job.decoder.config.read_layers)}
 
@@ -242,17 +242,10 @@ def run(job: Job) -> Result:
     plots = [_confusion(draws, found["fixed"])]
     for by in ("form", "span", "layer") if job.sweep else ():
         parts = {name.partition("/")[2]: (work[name][1], found[name]) for name in work if name.startswith(f"sweep-{by}/")}
-        tables[f"sweep-{by}"], plot = _sweep(by, parts, main)
+        tables[f"sweep-{by}"], plot = _sweep(by, parts, main, few)
         plots.append(plot)
     settings = {"m": M, "message": FIXED_MESSAGE, "layer": main.layer, "seed": job.seed, "questions": QUESTIONS, "chance": 1 / M}
     return Result(data | {"items": str(len(items))}, tables, entries, plots, settings)
-
-
-def _items_of_form(job: Job, form: str) -> list[Item]:
-    try:
-        return job.limited(items_of(job.data, form)[0])
-    except LqaError:  # a folder need not hold every form; `system` has been read before
-        return []
 
 
 def _by_reader(found: list[dict[str, Scores]]) -> dict[str, list[Scores]]:
@@ -296,15 +289,16 @@ def _confusion(draws: list[Draw], found: list[dict[str, Scores]]) -> Plot:
     return Plot("confusion", title, "matrix", {"": {"x": names, "y": rows, "values": values}}, "picked", "true")
 
 
-def _sweep(by: str, parts: dict[str, tuple[list[Draw], list[dict[str, Scores]]]], main: Setting) -> tuple[Table, Plot]:
-    """Accuracy of every reader, for each part (a form, span or layer)."""
+def _sweep(by: str, parts: dict[str, tuple[list[Draw], list[dict[str, Scores]]]], main: Setting, few: list[str]) -> tuple[Table, Plot]:
+    """Accuracy of every reader, for each part (a form, span or layer).  `few`: forms left out."""
     cells = {
         part: {reader: _cells(draws, scores)[0] for reader, scores in _by_reader(found).items()} for part, (draws, found) in parts.items()
     }
     readers = list(next(iter(cells.values())))
     title = f"Accuracy by {'read form' if by == 'form' else 'read layer' if by == 'layer' else 'span'}, the same message for all"
+    left = f" Left out, having too few items: {', '.join(few)}." if few else ""
     note = {
-        "form": f"Layer {main.layer}; a stimulus_completion has its own message and reply.",
+        "form": f"Layer {main.layer}; a stimulus_completion has its own message and reply.{left}",
         "span": f"Layer {main.layer}; of the visible tokens.",
         "layer": "",
     }

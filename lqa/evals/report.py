@@ -108,7 +108,7 @@ def _source(document: dict) -> str:
 
 def _legend(documents: Sequence[dict]) -> str:
     used = {name for d in documents for t in d["tables"].values() for name in [*t.rows, *t.columns]}
-    return "; ".join(f"*{name}*: {text}" for name, text in WORDS.items() if name in used)
+    return "; ".join(f"*{name}*: {text}" for name, text in WORDS.items() if name in used) + ". " * any(name in used for name in WORDS)
 
 
 def report(runs: dict[str, dict[str, dict]], *, plots: bool = False) -> str:
@@ -122,7 +122,7 @@ def report(runs: dict[str, dict[str, dict]], *, plots: bool = False) -> str:
             lines += [_titled({name: d["tables"][key] for name, d in documents.items() if key in d["tables"]}), ""]
         for plot in next(iter(documents.values()))["plots"] if plots else ():
             lines += [f"![{plot.title}]({picture(suite, plot)})", ""]
-        lines += [f"{_legend(list(documents.values()))}. Means with 95 % bootstrap intervals.", ""]
+        lines += [f"{_legend(list(documents.values()))}Means with 95 % bootstrap intervals.", ""]
         many = len(documents) > 1
         lines += [line for name, d in documents.items() for line in (f"{f'{name}: ' if many else ''}{_source(d)}", "")]
     return "\n".join(lines)
@@ -149,7 +149,7 @@ def section(folder: Path, which: Sequence[str]) -> str:
         tables = {k: t for k, t in document["tables"].items() if not which or "" in wanted or k in wanted}
         if tables:
             parts += [_titled({"": t}) for t in tables.values()]
-            parts += [f"{_legend([document | {'tables': tables}])}. 95 % bootstrap intervals.", _source(document)]
+            parts += [f"{_legend([document | {'tables': tables}])}Means with 95 % bootstrap intervals.", _source(document)]
     if missing := [w for w in which if w.partition("/")[0] not in documents]:
         raise LqaError(f"{folder} holds no results of {missing[0]}; the marker that names it can name {', '.join(documents)}.")
     return "\n\n".join(parts) + "\n"
@@ -222,7 +222,7 @@ def card_tables(found: dict) -> str:
         if suite != "results":
             tables = {key: _table(t) for key, t in entry["tables"].items()}
             parts += [f"### {suite}", *(_titled({"": t}) for t in tables.values())]
-            parts += [f"{_legend([{'tables': tables}])}. 95 % bootstrap intervals. {entry['data']}; `{entry['command']}`."]
+            parts += [f"{_legend([{'tables': tables}])}Means with 95 % bootstrap intervals. {entry['data']}; `{entry['command']}`."]
     return "\n\n".join(parts)
 
 

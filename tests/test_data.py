@@ -1,0 +1,88 @@
+"""What training is fed: the mixture's sources and forms, shares of the corpus, and one seed for all of it."""
+
+from collections import Counter
+
+import pytest
+
+from lqa import LqaError, corpus
+from lqa.models import EMBEDDED_BASE
+from train.data import MixtureConfig, build_examples, build_validation, question_pairs
+
+TRAIN = corpus.load_controls("train")
+
+
+def examples(n=200, seed=0, target=EMBEDDED_BASE, **mixture):
+    return build_examples(TRAIN, n, MixtureConfig(**mixture), [7, 14, 21], 14, seed, target)
+
+
+def test_a_smaller_share_is_part_of_a_larger_one_and_cuts_no_cluster():
+    clusters = corpus.cluster_of(corpus.load_controls())
+    smaller, larger = (corpus.share_of(TRAIN, share) for share in (0.125, 0.5))
+    assert set(smaller) < set(larger) < set(TRAIN) == set(corpus.share_of(TRAIN, 1.0))
+    assert not {clusters[c.id] for c in larger} & {clusters[c.id] for c in set(TRAIN) - set(larger)}
+    assert len(larger) / len(TRAIN) == pytest.approx(0.5, abs=0.05)
+    for share in (0, 1.5, -1):
+        with pytest.raises(ValueError, match=str(share)):
+            corpus.share_of(TRAIN, share)
+
+
+def test_sources_are_mixed_by_share_and_each_has_its_own_stream():
+    mixed = examples(sources={"latentqa": 0.6, "context": 0.2, "facts": 0.2})
+    counts = Counter("latentqa" if row["form"] in ("system", "stimulus", "control") else row["form"] for row in mixed)
+    assert set(counts) == {"latentqa", "context", "facts"} and counts["latentqa"] > 90
+    assert mixed.to_list() == examples(sources={"latentqa": 0.6, "context": 0.2, "facts": 0.2}).to_list()
+    # The readings of the controls are the same ones, however much is mixed in between.
+    alone = [(row["id"], row["chat"]) for row in examples()]
+    own = [(row["id"], row["chat"]) for row in mixed if row["form"] not in ("context", "facts")]
+    assert own == alone[: len(own)]
+    assert examples(seed=1).to_list() != examples().to_list()
+
+
+def test_only_training_rows_of_the_published_configs_are_used():
+    from datasets import load_dataset
+
+    for name in ("context", "facts"):
+        held = {row["id"] for part in ("validation", "test") for row in load_dataset("dataset", name, split=part)}
+        assert not held & {row["id"] for row in examples(sources={name: 1.0})}
+
+
+def test_context_rows_of_another_target_are_refused():
+    with pytest.raises(LqaError, match=r"not of other/model.*data build --base"):
+        examples(sources={"context": 1.0}, target="other/model")
+    with pytest.raises(LqaError, match="cannot be read from nowhere"):
+        examples(sources={"facts": 1.0}, dataset="nowhere")
+
+
+def test_completions_are_read_with_the_message_that_they_answer():
+    rows = [row for row in examples(forms={"stimulus_completion": 1.0}) if row["form"] == "stimulus_completion"]
+    assert rows, "the package ships completions"
+    for row in rows:
+        assert [m["role"] for m in row["chat"]] == ["user", "assistant", "user", "assistant"]
+        assert row["span"] in ("from:2", "all") or row["span"].startswith("last:")
+
+
+def test_the_first_question_is_generic_and_pool_messages_are_independent():
+    generic = corpus.load_questions()
+    rows = examples(qa_per_reading=3)
+    by_id = {c.id: c for c in TRAIN}
+    for row in rows:
+        assert row["qa"][0]["question"] in generic[by_id[row["id"]].kind]["description"] and len(row["qa"]) == 3
+    pool = set(corpus.load_messages())
+    assert 0.55 < sum(row["chat"][-1]["content"] in pool for row in rows if row["form"] != "control") / len(rows) < 0.85
+
+
+def test_no_pair_is_asked_twice_of_one_reading():
+    import random
+
+    for control in TRAIN[:40]:
+        pairs = question_pairs(control, 6, 0.5, random.Random(0))
+        assert len({(p["question"], p["answer"]) for p in pairs}) == len(pairs)
+
+
+def test_validation_pairs_a_reading_with_a_stranger_s_of_its_kind():
+    held = corpus.load_controls("validation")
+    sets = build_validation(held, 30, MixtureConfig(), 14, 0)
+    kinds = {c.control: c.kind for c in corpus.load_controls()}
+    for own, other in zip(sets["true"], sets["shuffled"], strict=True):
+        assert own["qa"] == other["qa"] and own["chat"][-1] == other["chat"][-1] and own["chat"][0] != other["chat"][0]
+        assert kinds[own["chat"][0]["content"]] == kinds[other["chat"][0]["content"]]
