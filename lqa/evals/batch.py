@@ -25,7 +25,7 @@ from lqa.grounding import map_linearly
 from lqa.injection import Injection, Operation
 from lqa.models import Base
 
-ROWS = 32  # prompts of one batch
+ROWS = 64  # prompts of one batch
 
 
 class Prompt(NamedTuple):

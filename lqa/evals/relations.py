@@ -53,8 +53,8 @@ QUESTIONS = {
 SPAN = "turn:-1"
 CARRIER = "Please go on."  # the message that is read where the snippet is hidden
 NEW_TOKENS = 16
-CHUNK = 32  # items of one entry in the journal
-PROBED = 300  # rows of a relation, at most, that the probe is trained and tested on
+CHUNK = 64  # items of one entry in the journal
+PROBED = 200  # rows of a relation, at most, that the probe is trained and tested on
 ROWS = {
     "ours": "the decoder",
     "none": "none (slots not patched)",
