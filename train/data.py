@@ -2,7 +2,10 @@
 
 An example is a plain mapping, so that a `datasets.Dataset` of examples is all the trainer needs:
 
-    {"id", "form", "chat": [{"role", "content"}], "span", "layers": [k], "qa": [{"question", "answer"}], "patched": bool}
+    {"id", "form", "chat": [{"role", "content"}], "span", "layers": [k], "qa": [{"question", "answer"}], "patched": bool, "length": int}
+
+`length`, about that of the decoder's row in characters, lets the sampler put examples of one size together
+(`train_sampling_strategy: group_by_length`).
 """
 
 from __future__ import annotations
@@ -92,7 +95,8 @@ def build_examples(
             other = next(other for other in strangers[source] if other["id"] != row["id"])
             row |= {key: other[key] for key in ("form", "chat", "span")}
         layer = default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)
-        rows.append(row | {"layers": [layer], "patched": rng.random() >= mixture.none})
+        length = _visible(row) + sum(len(pair["question"]) + len(pair["answer"]) for pair in row["qa"])
+        rows.append(row | {"layers": [layer], "patched": rng.random() >= mixture.none, "length": length})
     return Dataset.from_list(rows)
 
 
@@ -144,6 +148,21 @@ def _published(name: str, mixture: MixtureConfig, target: str, rng: random.Rando
         for row in rng.sample(rows, len(rows)):
             qa = [{"question": pair["question"], "answer": pair["answer"]} for pair in row["qa"]]
             yield {"id": row["id"], "form": name, "chat": row["chat"], "span": row["span"], "qa": qa}
+
+
+def _visible(row: dict) -> int:
+    """About how many characters the span of an example covers."""
+    lengths = [len(m["content"]) for m in row["chat"]]
+    match row["span"].split(":"):
+        case ["turn", turn]:
+            return lengths[int(turn)]
+        case ["from", turn]:
+            return sum(lengths[int(turn) :])
+        case ["last", n]:
+            return 4 * int(n)
+        case [first, end]:
+            return 4 * (int(end) - int(first))
+    return sum(lengths)
 
 
 def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConfig, layer: int, seed: int) -> dict[str, Dataset]:

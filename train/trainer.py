@@ -97,16 +97,9 @@ class LatentQATrainer(SFTTrainer):
         """What is injected in a batch, (N, D): from the disk if the collator found them, else by a target pass."""
         if "activations" in inputs or "read_ids" not in inputs:
             return inputs.get("activations")
-        deepest = {layer for layers in inputs["read_layers"] for layer in layers}
-        training = self.base.model.training
-        self.base.model.eval()  # dropout or checkpointing in the target would read another model
-        try:
-            with torch.no_grad(), self.base.using():
-                acts = capture(self.base.model, self.base.blocks, inputs["read_ids"], inputs["read_mask"], deepest)
-        finally:
-            self.base.model.train(training)
-        rows = gather_spans(acts, inputs["read_spans"], inputs["read_layers"])
-        rows = rows.split([len(span) for span in inputs["read_spans"]])  # one layer a reading
+        # References apart: they are short, and would be padded to the readings' length.
+        n = len(inputs["read_references"])
+        rows = [row for part in (slice(0, n), slice(n, None)) for row in self._read(inputs, part)]
         config = self.decoder_config
         how = (config.conditioning, config.conditioning_constant, self.projection)
         rows = [
@@ -117,6 +110,23 @@ class LatentQATrainer(SFTTrainer):
             for path, stored in zip(inputs["cache_paths"], rows, strict=True):
                 self.data_collator.cache.save(path, stored)
         return torch.cat(rows)
+
+    def _read(self, inputs: dict, part: slice) -> tuple[torch.Tensor, ...]:
+        """The activations of a part of the target's rows, each (len(span), D)."""
+        spans, layers = inputs["read_spans"][part], inputs["read_layers"][part]
+        if not spans:
+            return ()
+        longest = inputs["read_mask"][part].sum(1).max()
+        ids, mask = inputs["read_ids"][part, :longest], inputs["read_mask"][part, :longest]
+        training = self.base.model.training
+        self.base.model.eval()  # dropout or checkpointing in the target would read another model
+        try:
+            # In the precision of the decoder's pass, which the accelerator sees to only there.
+            with torch.no_grad(), self.base.using(), torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.args.bf16):
+                acts = capture(self.base.model, self.base.blocks, ids, mask, {k for own in layers for k in own})
+        finally:
+            self.base.model.train(training)
+        return gather_spans(acts, spans, layers).split([len(span) for span in spans])  # one layer a reading
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy in nats over answer tokens and their end, averaged as TRL does (over the whole accumulated batch)."""
