@@ -54,6 +54,9 @@ def test_wrong_data_names_the_public_home(folder, tmp_path):
         path.write_text(text)
         with pytest.raises(LqaError, match="PAIR-code/interpretability"):
             relations.check(folder)
+    write(path, [CITIES[0], ["The ship of x", *CITIES[1][1:]]])
+    with pytest.raises(LqaError, match="2 prompts"):
+        relations.check(folder)
     for place in (None, tmp_path):
         with pytest.raises(LqaError, match="PAIR-code/interpretability"):
             relations.check(place)

@@ -102,6 +102,8 @@ def load(folder: str | Path | None) -> tuple[dict[str, list[Item]], dict[str, st
         if not rows or (missing := [name for name in COLUMNS if any(row.get(name) is None for row in rows)]):
             what = f"lacks the column {missing[0]}" if rows else "is empty"
             raise LqaError(f"{path} {what}; it is not one of the relations' files, get them from {RELATIONS_HOME}.")
+        if len(prompts := {row["prompt_target"] for row in rows}) > 1:
+            raise LqaError(f"{path} has {len(prompts)} prompts; a file holds one relation, get them from {RELATIONS_HOME}.")
         made = [
             Item(f"{path.stem}/{n}", path.stem, row["prompt_target"], row["prompt_source"].strip(), row["subject"], row["object"])
             for n, row in enumerate(rows)

@@ -187,7 +187,7 @@ def _probe(job: Job, personas: Sequence[Persona], messages: Sequence[str]) -> di
     labels = [persona.name for _ in messages for persona in personas]
     groups = [str(m) for m in range(len(messages)) for _ in personas]
     logprobs, names = cross_validated(means, labels, groups, seed=job.seed)
-    logprobs = logprobs[:, [names.index(persona.name) for persona in personas]]
+    logprobs = logprobs[:, [names.index(persona.name) for persona in personas]].clip(min=-50)  # log 0 has no mean to be centred on
     n = len(personas)
     return {"scores": [logprobs[m * n : (m + 1) * n].tolist() for m in range(len(messages))]}
 
