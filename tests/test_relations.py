@@ -8,7 +8,8 @@ import pytest
 from lqa import LqaError
 from lqa.chat import render
 from lqa.evals import relations
-from lqa.evals.relations import Item, choose, contains, first_tokens, last_token, load, question_of
+from lqa.evals.mention import contains
+from lqa.evals.relations import Item, choose, first_tokens, last_token, load, question_of
 from lqa.evals.suite import Job
 from lqa.journal import Journal
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lqa.evals import system_prompts
-from lqa.evals.relations import contains
+from lqa.evals.mention import contains
 from lqa.evals.suite import Job
 from lqa.evals.system_prompts import ROWS, Persona, choice, groups, load, majority
 from lqa.journal import Journal

@@ -21,7 +21,6 @@ import csv
 import hashlib
 import random
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from lqa.evals.baselines.patchscopes import patchscope
 from lqa.evals.baselines.probe import cross_validated, learnable
 from lqa.evals.baselines.selfie import selfie
 from lqa.evals.data import RELATIONS_HOME
+from lqa.evals.mention import contains
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
 from lqa.grounding import donor_activations, text_only_chat
 
@@ -127,17 +127,6 @@ def question_of(item: Item) -> str:
     """The authored question, or for a relation without one a question made of its prompt ("The capital of x")."""
     prompt = re.sub(r"(?<!\w)x(?!\w)", "the one that is mentioned", item.prompt.strip())
     return QUESTIONS.get(item.relation) or f"What is {prompt[:1].lower()}{prompt[1:]}?"
-
-
-def normalised(text: str) -> str:
-    """Lower case, without accents; runs of anything but letters and digits are one space."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    return " ".join(re.findall(r"\w+", plain))
-
-
-def contains(text: str, name: str) -> bool:
-    """Whether `text` contains `name` as words, accents and case aside; a plural of its last word counts."""
-    return bool(name.strip()) and re.search(rf"\b{re.escape(normalised(name))}(s|es)?\b", normalised(text)) is not None
 
 
 def last_token(tokenizer, rendered: Rendered, subject: str) -> int:

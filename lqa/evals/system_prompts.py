@@ -32,7 +32,7 @@ from lqa.evals.baselines.patchscopes import DESCRIPTION, patchscope
 from lqa.evals.baselines.probe import cross_validated
 from lqa.evals.baselines.selfie import selfie
 from lqa.evals.identify import hits
-from lqa.evals.relations import contains
+from lqa.evals.mention import contains
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
 from lqa.grounding import TEXT_ONLY
 
