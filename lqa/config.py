@@ -131,7 +131,7 @@ class DecoderConfig:
         if self.positions not in POSITIONS:
             raise LqaError(f"{SIDECAR}: the position policy {self.positions!r} is unknown; supported are {', '.join(POSITIONS)}.")
         if isinstance(self.slot_token_id, list) and len(self.slot_token_id) != 2:
-            raise LqaError(f"{SIDECAR}: slot_token_id is {self.slot_token_id}; give one token id, or those of the first slot and the others.")
+            raise LqaError(f"{SIDECAR}: slot_token_id is {self.slot_token_id}; give one id, or the first slot's and the others'.")
         if self.write_layer < -1:
             raise LqaError(f"{SIDECAR}: write_layer is {self.write_layer}; name a block (0, 1, ...), or -1 for the embeddings.")
         if self.layers_per_reading != 1:
@@ -223,7 +223,7 @@ def preset_config(
         prompt, role = _oracle_prompt(tokenizer), "assistant"
         slots = _slot_ids(tokenizer, "Layer: 0\n", " ? ? ?")
         if slots[0] != slots[1]:
-            raise LqaError(f"The tokenizer of {base.name} writes the first slot ` ?` as another token than the others; the preset cannot be used.")
+            raise LqaError(f"The tokenizer of {base.name} writes the first slot as another token than the others; it cannot be used so.")
     layers = list(read_layers) if read_layers else published
     config = DecoderConfig(
         base={"name": base.name, "weights": base.weights, "fingerprint": base.fingerprint()},

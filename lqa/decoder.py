@@ -95,7 +95,7 @@ class LatentDecoder:
         folder = folder / (subfolder or "")
         if preset is None:
             if read_layers is not None or write_layer is not None:
-                raise LqaError("read_layers and write_layer go with a preset; a decoder with a sidecar says itself what it reads and writes.")
+                raise LqaError("read_layers and write_layer go with a preset; a sidecar says itself what its decoder reads and writes.")
             config = DecoderConfig.load(folder)
             weights = config.base.get("weights", {})
             pinned = weights.get("revision") if weights.get("repo") == config.base["name"] else None
@@ -211,7 +211,7 @@ def _foreign(folder: Path) -> tuple[str, dict]:
         summary = {k: data[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules") if k in data}
         return data["base_model_name_or_path"], summary
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LqaError(f"{folder} has no adapter_config.json that names a base model ({type(error).__name__}); it is not an adapter.") from error
+        raise LqaError(f"{folder} has no adapter_config.json that names a base model ({error!r}); it is not an adapter.") from error
 
 
 class Reading:

@@ -40,6 +40,14 @@ def download(
     return folder
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what led to it, nearest first."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
 def explain(error: BaseException, what: str, repo_id: str, revision: str | None = None) -> str | None:
     """A sentence for what the Hub's client raised, looked for along the chain of causes; None if it is nothing of the Hub's."""
     import httpx2
@@ -54,9 +62,7 @@ def explain(error: BaseException, what: str, repo_id: str, revision: str | None 
         RevisionNotFoundError,
     )
 
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
+    chain = causes(error)
 
     def found(*kinds: type[BaseException]) -> bool:
         return any(isinstance(e, kinds) for e in chain)

@@ -134,7 +134,7 @@ class Base:
 
         path = Path(folder, "adapter_model.safetensors")
         if Path(folder, PICKLE).exists():
-            raise LqaError(f"{folder} holds a pickle ({PICKLE}), which may run code and may be another adapter; delete it, only safetensors load.")
+            raise LqaError(f"{folder} holds a pickle ({PICKLE}), which may run code; delete it, only safetensors are loaded.")
         if not path.is_file() or not Path(folder, "adapter_config.json").is_file():
             raise LqaError(f"{folder} lacks adapter_model.safetensors or adapter_config.json; it is not a complete adapter.")
         try:
