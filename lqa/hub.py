@@ -181,7 +181,7 @@ def push(
         token = api.whoami().get("auth", {}).get("accessToken", {})
         if token.get("role") == "read":
             raise LqaError("The token in use may only read; make one that may write, and log in with it: `hf auth login --force`.")
-        cards.check_card(plan.card, what.repo_type).validate(what.repo_type)  # by the Hub's rules too, before it holds anything
+        _validate(plan.card, what.repo_type)
         api.create_repo(**where, private=private or None, exist_ok=True, **space)
         before = api.repo_info(**where)
         if private and not before.private:
@@ -197,6 +197,17 @@ def push(
         raise LqaError(_reason(error, kind, repo_id)) from error
     prefix = "" if what.repo_type == "model" else f"{what.repo_type}s/"
     return Push(kind, repo_id, plan.files, f"{api.endpoint}/{prefix}{repo_id}", commit.oid, commit.oid != before.sha)
+
+
+def _validate(card: str, repo_type: str) -> None:
+    """By the Hub's own rules, before it holds anything."""
+    try:
+        cards.check_card(card, repo_type).validate(repo_type)
+    except ValueError as error:  # its answer as JSON
+        if isinstance(error, LqaError):
+            raise
+        found = re.findall(r'"message":\s*("(?:[^"\\]|\\.)*")', str(error))
+        raise LqaError(f"The Hub does not accept the card: {'; '.join(map(json.loads, found)) or error}") from error
 
 
 def _stale(kind: Kind, name: str) -> bool:

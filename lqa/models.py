@@ -155,7 +155,8 @@ class Base:
                 if odd := set(tensors) ^ set(get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)):
                     raise ValueError(f"{len(odd)} tensors are in one and not in the other, {min(odd)} for one.")
             except (RuntimeError, ValueError, TypeError, KeyError) as error:
-                raise LqaError(f"The adapter in {folder} does not fit {self.name}: {str(error).splitlines()[0]}") from error
+                reason = " ".join(str(error).split("\n", 2)[:2])  # the first of them; torch heads its list with a line that says nothing
+                raise LqaError(f"The adapter in {folder} does not fit {self.name}: {' '.join(reason.split())}") from error
             finally:  # also where half of it went in
                 self.find_adapters()
                 self.model.requires_grad_(False).eval()

@@ -5,11 +5,12 @@
         hub.repos["model", "me/decoder"].commits[-1].files
 
 Tokens: `hf_write` and `hf_read` are me's, any other is not valid.  Faults: `hub.fault = f` calls f("PUT", path, bytes so far, total) for
-every piece of a large file that arrives; it may raise Cut, which drops the connection.
+every piece of a large file that arrives, again and again until it is not False; it may raise Cut, which drops the connection.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -121,7 +122,7 @@ class HubServer:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}  # large files that have arrived, by sha256
         self.requests: list[tuple[str, str]] = []
-        self.fault: Callable[[str, str, int, int], None] | None = None
+        self.fault: Callable[[str, str, int, int], bool | None] | None = None
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
@@ -284,8 +285,8 @@ class HubServer:
         try:
             async for piece in request.stream():
                 content += piece
-                if self.fault is not None:
-                    self.fault("PUT", request.url.path, len(content), total)
+                while self.fault is not None and self.fault("PUT", request.url.path, len(content), total) is False:
+                    await asyncio.sleep(0.02)
         except Cut:
             request.receive.__self__.transport.abort()  # uvicorn's: the client sees the connection break, no answer
             return Response(status_code=500)
