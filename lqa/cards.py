@@ -155,7 +155,11 @@ def steering_card(folder: str | Path, sidecar: dict, sidecar_file: str, repo_id:
         pipeline_tag="text-generation",
         tags=["latentqa", "steering", "lora", "interpretability", "arxiv:2412.08686"],
     )
+    plain = {k: v for k, v in (sidecar | sidecar.get("settings", {})).items() if isinstance(v, str | int | float)}
+    figures = {k: v for k, v in plain.items() if k not in ("control", "schema_version")}
     about = {"name": repo_id.split("/")[-1], "repo_id": repo_id, "adapter": adapter, "sidecar": sidecar, "sidecar_file": sidecar_file}
+    embedded = sidecar["decoder"] == EMBEDDED_DECODER.name
+    about |= {"figures": figures, "source": "" if embedded else f'"{sidecar["decoder"]}"'}
     return render_card("steering.md", card_data=data.to_yaml(), **about)
 
 

@@ -8,6 +8,7 @@ from lqa.errors import LqaError
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 DECODER_FILES = (*ADAPTER_FILES, "lqa_config.json", "projection.safetensors")
+STEERING_FILES = (*ADAPTER_FILES, "lqa_steering.json")
 PICKLE = "adapter_model.bin"  # PEFT's older format of an adapter; never downloaded
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from lqa import cards
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.decoder import EMBEDDED_DECODER
-from lqa.download import ADAPTER_FILES, DECODER_FILES, PICKLE, causes, explain
+from lqa.download import ADAPTER_FILES, DECODER_FILES, PICKLE, STEERING_FILES, causes, explain
 from lqa.errors import LqaError
 
 README = "README.md"
-STEERING_SIDECAR = "lqa_steering.json"
+STEERING_SIDECAR = STEERING_FILES[-1]
 HARDWARE = "zero-a10g"  # the API's name for ZeroGPU; asked for when a Space is created
 SOURCE_TYPES = {".py", ".yaml", ".json", ".jsonl", ".md", ".js", ".css"}  # what the package consists of (package-data of pyproject.toml)
 RESULTS = "results/identify.json"
@@ -54,10 +54,14 @@ def _decoder(folder: Path, repo_id: str, options: dict) -> dict[str, str]:
 def _steering(folder: Path, repo_id: str, options: dict) -> dict[str, str]:
     try:
         sidecar = json.loads((folder / STEERING_SIDECAR).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LqaError(f"{folder / STEERING_SIDECAR} is not JSON ({error}); make the steering again.") from error
-    _check_adapter(folder)
-    return {README: cards.steering_card(folder, sidecar, STEERING_SIDECAR, repo_id)}
+        base, decoder = sidecar["base"]["name"], sidecar["decoder"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LqaError(f"{folder / STEERING_SIDECAR} is malformed ({error!r}); make the steering again.") from error
+    _check_adapter(folder, base)
+    if Path(decoder).is_dir():  # never a path of this machine
+        sidecar["decoder"] = Path(decoder).name
+    text = json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n"
+    return {STEERING_SIDECAR: text, README: cards.steering_card(folder, sidecar, STEERING_SIDECAR, repo_id)}
 
 
 def _dataset(folder: Path, repo_id: str, options: dict) -> dict[str, str]:
@@ -70,7 +74,7 @@ def _space(folder: Path, repo_id: str, options: dict) -> dict[str, str]:
 
 KINDS = {
     "decoder": Kind("model", (*ADAPTER_FILES, SIDECAR), (*DECODER_FILES, cards.TRAINING_LOG, cards.LOSS_PLOT, "LICENSE"), _decoder),
-    "steering": Kind("model", (*ADAPTER_FILES, STEERING_SIDECAR), (*ADAPTER_FILES, STEERING_SIDECAR, "LICENSE"), _steering),
+    "steering": Kind("model", STEERING_FILES, (*STEERING_FILES, "LICENSE"), _steering),
     "dataset": Kind("dataset", (README,), ("*.png", "*/*.parquet", "LICENSE"), _dataset),
     "space": Kind(
         "space",

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from lqa import hub as publishing
 from lqa.cards import check_card, write_decoder_card
 from lqa.cli import main
 from lqa.config import DecoderConfig
+from lqa.decoder import EMBEDDED_DECODER
+from lqa.download import STEERING_FILES, download
 from lqa.models import load_base
 from train import export
 
@@ -223,14 +227,21 @@ def test_private_is_kept(kind, hub, folder, tmp_path):
 
 
 def test_a_steering_is_pushed_like_a_decoder(hub, folder):
-    (folder / "lqa_config.json").rename(folder / publishing.STEERING_SIDECAR)
-    sidecar = {"control": "Speak like a pirate.", "method": "joint", "steps": 12, "qa": [["Who?", "A pirate."]]}
+    here = str(EMBEDDED_DECODER)
+    sidecar = {"schema_version": 1, "base": {"name": "tiny/smol"}, "control": "Speak like a pirate.", "qa": [["Who is it?", "A pirate."]]}
+    sidecar |= {"decoder": here, "settings": {"method": "joint", "layers": [0, 1]}, "steps": 12}
     (folder / publishing.STEERING_SIDECAR).write_text(json.dumps(sidecar))
     publishing.push("steering", folder, "me/pirate")
     files = hub.repos["model", "me/pirate"].commits[-1].files
     assert set(files) == {".gitattributes", "README.md", "adapter_model.safetensors", "adapter_config.json", publishing.STEERING_SIDECAR}
     card = files["README.md"].content.decode()
-    assert '.load_steering("me/pirate")' in card and "> Speak like a pirate." in card and "| steps | 12 |" in card
+    figures = ("| steps | 12 |", "| method | joint |", "*Who is it?* A pirate.")
+    for expected in ('.load_steering("me/pirate")', "> Speak like a pirate.", *figures):
+        assert expected in card, expected
+    assert here not in card and json.loads(files[publishing.STEERING_SIDECAR].content)["decoder"] == EMBEDDED_DECODER.name
+    fetched = download("me/pirate", STEERING_FILES, what="steering")
+    assert {p.name for p in fetched.iterdir()} == set(STEERING_FILES)
+    assert (fetched / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
 
 
 # --- uploads that break off --------------------------------------------------------------------------------------
@@ -444,3 +455,21 @@ def test_remote_code_is_never_run(hub):
     hub.add("model", "me/own", {"config.json": json.dumps(config).encode(), "own.py": b"raise SystemExit('run')"})
     with pytest.raises(LqaError, match="me/own"):
         load_base("me/own")
+
+
+@pytest.mark.slow
+def test_the_templates_are_in_the_wheel(tmp_path):
+    root = Path(__file__).parent.parent
+    for name in ("lqa", "train", "hub_cards"):
+        shutil.copytree(root / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(root / name, tmp_path / "source")
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", *build, str(tmp_path / "source")], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "from lqa import cards; print(cards.__file__, *sorted(p.name for p in cards.CARDS.iterdir()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
+    file, *names = done.stdout.split()
+    assert file.startswith(str(tmp_path / "site")) and set(names) >= {p.name for p in (root / "hub_cards").glob("*.md")}

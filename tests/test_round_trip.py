@@ -21,28 +21,29 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Publish")[2].partition("\n## ")[0]
 PUSHES = re.findall(r"^(python -m lqa push .*)$", SECTION, re.MULTILINE)
 (LOADING,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
-DECODER = """
-import json, sys, lqa
-chat = [{"role": "system", "content": "You are a pirate captain."}, {"role": "user", "content": "Hello!"}]
-decoder = lqa.LatentDecoder.from_pretrained(*sys.argv[1:])
-answers = decoder.read(chat, span="user").ask(["Who is it?", "How will it speak?"], max_new_tokens=12)
-print(json.dumps([[a.text, a.confidence] for a in answers]))
+READ = """
+import json
+import lqa
+CHAT = [{"role": "system", "content": "You are a pirate captain."}, {"role": "user", "content": "Hello!"}]
+def answers(decoder):
+    answers = decoder.read(CHAT, span="user").ask(["Who is it?", "How will it speak?"], max_new_tokens=12)
+    return [[a.text, a.confidence] for a in answers]
 """
-ADAPTER = """
-import torch, peft, lqa
+# In one process, behind the README's own lines, which have made `decoder` and `data`: all of it is as in the folders.
+SAME = """
+import peft, torch
 from safetensors.torch import load_file
+ours = lqa.LatentDecoder.from_pretrained(base=decoder.base)
+assert ours.name != decoder.name == "me/decoder" and answers(ours) == answers(decoder)
 model = peft.PeftModel.from_pretrained(lqa.load_base().model, "me/decoder", torch_device="cpu")
 loaded, folder = peft.get_peft_model_state_dict(model), load_file("decoders/smollm2-135m-instruct/adapter_model.safetensors")
-assert set(loaded) == set(folder) and all(torch.equal(loaded[k], folder[k].to(loaded[k].dtype)) for k in folder), "another adapter"
-print("same", len(folder))
-"""
-ROWS = """
-import datasets
+assert set(loaded) == set(folder) and all(torch.equal(loaded[k], folder[k].to(loaded[k].dtype)) for k in folder)
 for config in ("latentqa", "context", "facts"):
-    ours, theirs = datasets.load_dataset("dataset", config), datasets.load_dataset("me/latentqa", config)
-    assert {k: v.to_list() for k, v in ours.items()} == {k: v.to_list() for k, v in theirs.items()}, config
-    print(config, {k: len(v) for k, v in theirs.items()})
+    theirs = data if config == "latentqa" else datasets.load_dataset("me/latentqa", config)
+    assert {k: v.to_list() for k, v in datasets.load_dataset("dataset", config).items()} == {k: v.to_list() for k, v in theirs.items()}
+print(json.dumps(answers(decoder)))
 """
+OFFLINE = "print(json.dumps(answers(lqa.LatentDecoder.from_pretrained('me/decoder'))))"
 CLONE = """
 import sys
 from huggingface_hub import snapshot_download
@@ -100,26 +101,13 @@ def test_every_number_of_the_decoder_s_card_is_in_the_results_folder(hub):
 
 
 @pytest.mark.slow
-def test_the_decoder_answers_as_from_the_folder_and_offline_too(hub, tmp_path):
-    ours = run(hub, tmp_path, "-c", DECODER)
-    assert json.loads(run(hub, tmp_path, "-c", DECODER, "me/decoder")) == json.loads(ours)
+def test_what_is_loaded_as_the_readme_says_is_what_was_pushed_and_loads_offline_too(hub, tmp_path):
+    """Decoder, adapter in PEFT's eyes, and rows of the dataset."""
+    lines = run(hub, tmp_path, "-c", READ + LOADING + SAME).strip().splitlines()
+    assert len(lines) == 2 and len(json.loads(lines[-1])) == 2  # what the README prints, then ours
     requests = len(hub.requests)
-    assert run(hub, tmp_path, "-c", DECODER, "me/decoder", HF_HUB_OFFLINE="1") == ours and len(hub.requests) == requests
-
-
-@pytest.mark.slow
-def test_the_readme_s_loading_runs_as_printed(hub, tmp_path):
-    assert run(hub, tmp_path, "-c", LOADING).strip()
-
-
-@pytest.mark.slow
-def test_datasets_loads_the_same_rows(hub, tmp_path):
-    assert run(hub, tmp_path, "-c", ROWS).count("train") == 3
-
-
-@pytest.mark.slow
-def test_peft_loads_the_same_adapter(hub, tmp_path):
-    assert run(hub, tmp_path, "-c", ADAPTER).startswith("same")
+    assert json.loads(run(hub, tmp_path, "-c", READ + OFFLINE, HF_HUB_OFFLINE="1")) == json.loads(lines[-1])
+    assert len(hub.requests) == requests
 
 
 @pytest.mark.slow
@@ -155,7 +143,6 @@ print(models.find_gguf().read_bytes().decode())
 """
     with HubServer() as server:
         repo = server.add("model", models.GGUF_REPO, {models.GGUF_FILE: b"the weights"})
-        repo.tags[models.GGUF_REVISION] = repo.commits[0].sha
         repo.commits[0].sha = models.GGUF_REVISION
         run(server, tmp_path, "-c", preload)
         assert run(server, tmp_path, "-c", find, HF_HUB_OFFLINE="1").strip() == "the weights"
