@@ -170,12 +170,7 @@ def dataset_card(folder: str | Path, repo_id: str) -> str:
 
 def space_card(folder: str | Path, repo_id: str) -> str:
     """The Space's README: the front matter of the repository's over a short text of its own."""
-    from huggingface_hub import SpaceCard
-
-    readme = Path(folder, "README.md")
-    data = SpaceCard(readme.read_text(encoding="utf-8")).data
-    if not data.get("sdk") or not data.get("title"):
-        raise LqaError(f"{readme} has no front matter that makes it a Space (title, sdk, ...); push a clone of lqa's repository.")
+    data = check_card(Path(folder, "README.md").read_text(encoding="utf-8"), "space").data
     return render_card("space.md", card_data=data.to_yaml(), title=data.get("title"), repo_id=repo_id)
 
 
@@ -196,9 +191,9 @@ def check_card(text: str, repo_type: str):
         "space": ("title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "app_file", "license"),
     }[repo_type]
     if missing := [key for key in needed if not data.get(key)]:
-        raise LqaError(f"The card lacks {', '.join(missing)} in its front matter; render it again from hub_cards/.")
+        raise LqaError(f"The card of this {repo_type} lacks {', '.join(missing)} in its front matter; write them, or render it again.")
     if found := next((mark for mark in LEFTOVERS if mark in text), None):
-        raise LqaError(f"The card still holds {found!r}; render it again from hub_cards/.")
+        raise LqaError(f"The card of this {repo_type} still holds {found!r}; render it again.")
     for repo in filter(None, [data.get("base_model"), *data.get("datasets", []), *data.get("models", [])]):
         try:
             validate_repo_id(repo)

@@ -73,7 +73,6 @@ class Repo:
     gated: bool = False
     body: dict = field(default_factory=dict)  # what it was created with
     commits: list[Commit] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, message: str, files: dict[str, File]) -> Commit:
         sha = hashlib.sha1(f"{self.kind}{self.id}{len(self.commits)}{message}".encode()).hexdigest()
@@ -81,8 +80,7 @@ class Repo:
         return self.commits[-1]
 
     def at(self, revision: str) -> Commit | None:
-        sha = self.tags.get(revision, revision)
-        return self.commits[-1] if revision == "main" else next((c for c in self.commits if c.sha == sha), None)
+        return self.commits[-1] if revision == "main" else next((c for c in self.commits if c.sha == revision), None)
 
 
 def directory(path: str) -> dict:
@@ -187,7 +185,7 @@ class HubServer:
         ]
         for kind, prefix in PREFIX.items():
             api = f"/api/{kind}s/{{ns}}/{{name}}"
-            writes = {"preupload/{rev}": self._preupload, "commit/{rev}": self._commit, "tag/{rev}": self._tag}
+            writes = {"preupload/{rev}": self._preupload, "commit/{rev}": self._commit}
             reads = {"": self._info, "/revision/{rev}": self._info, "/tree/{rev}": self._tree, "/tree/{rev}/{path:path}": self._tree}
             routes += [Route(f"{api}/{path}", self._writing(kind, action), methods=["POST"]) for path, action in writes.items()]
             routes += [Route(api + path, self._reading(kind, action)) for path, action in reads.items()]
@@ -312,7 +310,3 @@ class HubServer:
                 return refuse(404, "EntryNotFound", "A file with this name doesn't exist")
         done = repo.commit(header["summary"], files)
         return JSONResponse({"success": True, "commitOid": done.sha, "commitUrl": f"{self.url}/{repo.id}/commit/{done.sha}"})
-
-    async def _tag(self, request: Request, repo: Repo, commit: Commit) -> Response:
-        repo.tags[(await request.json())["tag"]] = commit.sha
-        return Response()

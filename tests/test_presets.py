@@ -4,6 +4,7 @@ These know nothing of lqa: two copies of the weights, the whole text rendered an
 writes in a loop.  Only the tiny random models and the adapter are shared.
 """
 
+import dataclasses
 import json
 
 import peft
@@ -201,6 +202,23 @@ def test_a_template_that_does_not_name_the_role_keeps_it():
     base.tokenizer.chat_template = base.tokenizer.chat_template.replace("[INST] ", "[INST]")  # as their prompts are
     config = preset_config("latentqa", base, [1])
     assert config.answer_role == "assistant" and config.prompt.block_tail == "[/INST] Sure, I've analyzed the assistant.</s>[INST]"
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("gemma3", {"sliding_window": 8})])
+def test_a_shift_moves_the_whole_prompt_and_changes_no_answer(family, more, adapter):
+    """Rotary positions are relative, and a window counts distances: batched and cached, the shift must be the same for every token."""
+    folder = adapter(family, **more)
+    options = {"base": base_for(family, **more), "preset": "latentqa", "read_layers": [1]}
+    shifted, plain = (LatentDecoder.from_pretrained(folder, **options) for _ in range(2))
+    plain.config = dataclasses.replace(plain.config, positions="sequential")
+    questions = [QUESTION, "Who is it? What does the person want to cook in France?"]
+    readings = [decoder.read(SYSTEM, "from:1") for decoder in (shifted, plain)]
+    assert shifted.config.first_position(readings[0].span) > 0
+    ours, theirs = ([r.ask(questions, max_new_tokens=6, grounding=True) for r in readings])
+    assert [(a.text, a.grounding) for a in ours] == [(a.text, a.grounding) for a in theirs]
+    for question in questions:
+        one, other = (r.logprobs(question, [ANSWER, "Formally, and with many words of the sea."]) for r in readings)
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 # --- Activation Oracles: norm-matched addition after block 1, `Layer: L` and the slots in one user turn -------------
