@@ -29,6 +29,7 @@ def job_for(tmp_path, monkeypatch):
     def build(decoder, items, **kwargs):
         source = {"name": "test", "sha256": "0"}
         monkeypatch.setattr(identify, "items_of", lambda folder, form="system": (list(items), dict(source)))
+        monkeypatch.setattr(identify, "forms_of", lambda folder: ["control", "stimulus", "system"])
         monkeypatch.setattr(identify, "M", 4)
         journal = Journal(tmp_path / f"{len(opened)}" / "journal.jsonl", {}).__enter__()
         opened.append(journal)
@@ -260,10 +261,11 @@ def test_latentqa_format_is_read_in_place(tmp_path):
     reply = {"label": "goal-x-y", "control_user": "C", "control_model": "Yes.", "stimulus_user": "U", "stimulus_model": "R"}
     (folder / "stimulus_completion.json").write_text(json.dumps([reply]))
     (folder / "qa.json").write_text(json.dumps({"goal-x-y": [["Q1", "A1"], ["Q2", "A2"]]}))
-    expected = [Item("goal-x-y", "goal", "S", "U", "A1")]
+    own = (("Q1", "A1"), ("Q2", "A2"))
+    expected = [Item("goal-x-y", "goal", "S", "U", "A1", own=own)]
     assert data.latentqa_items(tmp_path)[0] == expected == data.latentqa_items(folder)[0]
     (found,), about = data.items_of(tmp_path, "stimulus_completion")
-    assert found == Item("goal-x-y", "goal", "C", "U", "A1", "Yes.", "R") and "stimulus_completion" in about["name"]
+    assert found == Item("goal-x-y", "goal", "C", "U", "A1", "Yes.", "R", own=own) and "stimulus_completion" in about["name"]
     roles = [m["content"] for m in Setting(0, form="stimulus_completion").chat(found)]
     assert roles == ["C", "Yes.", "U", "R"]
     assert data.forms_of(tmp_path) == ["stimulus_completion", "system"]
@@ -285,6 +287,7 @@ def test_own_test_split_serves_without_outside_data(monkeypatch):
     assert all(i.control and i.message and i.answer and i.acknowledgement for i in items)
     hard = make_hard_draws(items, items, 8, seed=0)
     assert sum(draw.counted for draw in hard) >= 0.9 * len(items)  # contrast partners are on one side of the split
+    monkeypatch.setattr(data, "load_completions", lambda controls: ({}, 0))
     assert data.forms_of(None) == ["control", "stimulus", "system"]
     some = {items[0].label: [{"message": "What now?", "reply": "This.", "model": "m"}]}
     monkeypatch.setattr(data, "load_completions", lambda controls: (some, 0))
