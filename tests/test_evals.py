@@ -260,10 +260,11 @@ def test_latentqa_format_is_read_in_place(tmp_path):
     reply = {"label": "goal-x-y", "control_user": "C", "control_model": "Yes.", "stimulus_user": "U", "stimulus_model": "R"}
     (folder / "stimulus_completion.json").write_text(json.dumps([reply]))
     (folder / "qa.json").write_text(json.dumps({"goal-x-y": [["Q1", "A1"], ["Q2", "A2"]]}))
-    expected = [Item("goal-x-y", "goal", "S", "U", "A1")]
+    own = (("Q1", "A1"), ("Q2", "A2"))
+    expected = [Item("goal-x-y", "goal", "S", "U", "A1", own=own)]
     assert data.latentqa_items(tmp_path)[0] == expected == data.latentqa_items(folder)[0]
     (found,), about = data.items_of(tmp_path, "stimulus_completion")
-    assert found == Item("goal-x-y", "goal", "C", "U", "A1", "Yes.", "R") and "stimulus_completion" in about["name"]
+    assert found == Item("goal-x-y", "goal", "C", "U", "A1", "Yes.", "R", own=own) and "stimulus_completion" in about["name"]
     roles = [m["content"] for m in Setting(0, form="stimulus_completion").chat(found)]
     assert roles == ["C", "Yes.", "U", "R"]
     assert data.forms_of(tmp_path) == ["stimulus_completion", "system"]
