@@ -1,4 +1,4 @@
-"""The command line: `python -m lqa ask | score | chat | eval | data | bench`.  Bad input: one sentence on stderr, exit code 2."""
+"""The command line: `python -m lqa ask | score | chat | eval | data | push | bench`.  Bad input: one sentence on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def _span(text: str):
 def _decoder(options):
     from lqa.decoder import LatentDecoder
 
-    return LatentDecoder.from_pretrained(options.decoder)
+    where = {name: value for name in ("revision", "subfolder", "preset") if (value := getattr(options, name)) is not None}
+    return LatentDecoder.from_pretrained(options.decoder, **where)
 
 
 def _print(document: dict) -> None:
@@ -121,6 +122,18 @@ def evaluate(options) -> None:
     if options.judge is not None:
         runner.judge(options.out, options.data, options.endpoint, options.judge)
     runner.print_report([options.out])
+
+
+def push(options) -> None:
+    from lqa import hub
+
+    about = {"results": options.results, "dataset": options.dataset}
+    if options.dry_run:
+        plan = hub.prepare(options.kind, options.path, options.repo_id, **about)
+        print("\n".join(f"{size:>12,}  {name}" for name, size in plan.sizes().items()))
+        return print(f"\n{hub.README}:\n\n{plan.card}")
+    pushed = hub.push(options.kind, options.path, options.repo_id, private=options.private, **about)
+    print(f"{pushed.url}: {f'{len(pushed.files)} files, ' if pushed.changed else 'nothing has changed, '}commit {pushed.commit}")
 
 
 def bench(options) -> None:
@@ -205,6 +218,9 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     def chat_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--revision", metavar="REV", help="a branch, tag or commit of the decoder on the Hub (default: main)")
+        sub.add_argument("--subfolder", metavar="NAME", help="where in its repository or folder the decoder lies")
+        sub.add_argument("--preset", metavar="NAME", help="for a decoder without a sidecar: latentqa, activation-oracle")
         sub.add_argument("--user", metavar="TEXT", help="the user's message")
         sub.add_argument("--system", metavar="TEXT", help="a system prompt before it")
         sub.add_argument("--chat", metavar="FILE.json", help="a whole chat instead: a list of role/content messages")
@@ -293,6 +309,17 @@ def parser() -> argparse.ArgumentParser:
     sub = parts.add_parser("generate", help=text, description=text)
     generate.add_arguments(sub)
     sub.set_defaults(run=generate.run)
+
+    text = "Publish a folder on the Hub as one commit, with a card; needs a token (`hf auth login`)."
+    sub = commands.add_parser("push", help=text, description=text)
+    sub.set_defaults(run=push)
+    sub.add_argument("kind", choices=["decoder", "steering", "dataset", "space"])
+    sub.add_argument("path", metavar="PATH", help="the folder; for a Space, a clone of lqa's repository")
+    sub.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the Hub")
+    sub.add_argument("--private", action="store_true", help="make the repository private")
+    sub.add_argument("--dry-run", action="store_true", help="print the files and the card, and send nothing; needs no network")
+    sub.add_argument("--results", metavar="DIR", help="of a decoder: the results folder whose figures go into its card")
+    sub.add_argument("--dataset", metavar="REPO_ID", help="of a decoder: its corpus on the Hub, which the card then links")
 
     sub = command("bench", bench, "Measure speed against named alternatives in the same run.")
     sub.add_argument("name", choices=["read", "train"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from lqa.activations import Passes, capture, gather_spans
 from lqa.calibration import Calibration
 from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span, visible_text
 from lqa.conditioning import Projection, condition, reference
-from lqa.config import DecoderConfig
+from lqa.config import SIDECAR, DecoderConfig, preset_config
 from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base, load_base
@@ -78,22 +80,50 @@ class LatentDecoder:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path | None = None, *, base: Base | None = None, revision: str | None = None, device=None, dtype=None
+        cls,
+        source: str | Path | None = None,
+        *,
+        base: Base | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        preset: str | None = None,
+        read_layers: Sequence[int] | None = None,
+        write_layer: int | None = None,
+        device=None,
+        dtype=None,
     ) -> LatentDecoder:
-        """Loads a decoder: the embedded one (None), a folder, or a Hub id.
+        """Loads a decoder: the embedded one (None), a folder, or a Hub id (safetensors and JSON only; from the cache when offline).
 
-        base    the base model, if it is already loaded; else the sidecar's is (float32 on CPU, bfloat16 on GPU)
+        base         the base model, if it is already loaded; else the sidecar's is (float32 on CPU, bfloat16 on GPU)
+        revision     a branch, tag or commit on the Hub (default: main)
+        subfolder    where in the folder or repository the adapter lies
+        preset       for a decoder of another project, which ships no sidecar: latentqa, activation-oracle (lqa.config.preset_config)
+        read_layers, write_layer   in place of the preset's; a subfolder `readN` says by its name that layer N is read
 
-        Raises LqaError if the sidecar is missing or malformed, does not match the base, or the adapter file is damaged.
+        Raises LqaError if it cannot be had, the sidecar is missing or malformed or does not match the base, or the adapter is damaged.
         """
         name = str(source or EMBEDDED_DECODER)
         folder = Path(name)
         if source is None and not folder.is_dir():
             raise LqaError(f"The embedded decoder is not at {folder}; run lqa from a clone of its repository, or name a folder or Hub id.")
         if not folder.is_dir():
-            folder = _download(name, revision)
-        config = DecoderConfig.load(folder)
-        base = base or load_base(config.base["name"], device=device, dtype=dtype)
+            folder = _download(name, revision, subfolder)
+        elif revision is not None:
+            raise LqaError(f"{name} is a folder here and has no revisions; leave the revision {revision!r} out.")
+        folder = folder / (subfolder or "")
+        if preset is None:
+            if read_layers is not None or write_layer is not None:
+                raise LqaError("read_layers and write_layer go with a preset; a sidecar says itself what its decoder reads and writes.")
+            config = DecoderConfig.load(folder)
+            weights = config.base.get("weights", {})
+            pinned = weights.get("revision") if weights.get("repo") == config.base["name"] else None
+            base = base or load_base(config.base["name"], revision=pinned, device=device, dtype=dtype)
+        else:
+            trained, lora = _foreign(folder)
+            if read_layers is None and (named := re.fullmatch(r"read(\d+)", Path(subfolder or "").name)):
+                read_layers = [int(named[1])]
+            base = base or load_base(trained, device=device, dtype=dtype)
+            config = preset_config(preset, base, read_layers, write_layer, lora)
         projected = config.conditioning == "projected"
         decoder = cls(base, config, name, Projection.load(folder, config.read_layers, base.hidden_size) if projected else None)
         decoder.adapter, decoder.folder = base.add_adapter(folder), folder
@@ -195,10 +225,22 @@ class LatentDecoder:
         return found
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from lqa.hub import download_decoder
+def _download(name: str, revision: str | None, subfolder: str | None) -> Path:
+    from lqa.download import DECODER_FILES, download
 
-    return download_decoder(name, revision)
+    return download(name, DECODER_FILES, revision=revision, subfolder=subfolder)
+
+
+def _foreign(folder: Path) -> tuple[str, dict]:
+    """The base and the LoRA summary of an adapter that has no sidecar.  Raises LqaError if it has one, or its config cannot be read."""
+    if (folder / SIDECAR).is_file():
+        raise LqaError(f"{folder} has an {SIDECAR}, which says what the preset would; leave the preset out.")
+    try:
+        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        summary = {k: data[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules") if k in data}
+        return data["base_model_name_or_path"], summary
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LqaError(f"{folder} has no adapter_config.json that names a base model ({error!r}); it is not an adapter.") from error
 
 
 class Reading:
@@ -315,7 +357,7 @@ class Reading:
             raise LqaError(f"The number of new tokens must be at least 1, not {new}.")
         tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
         suffixes = [prompt.question(tokenizer, check_text(tokenizer, q, "The question")) for q in questions]
-        room = self.decoder.base.context - len(self._prompt_ids()[0]) - new
+        room = self.decoder.base.context - self._start - len(self._prompt_ids()[0]) - new
         if max(map(len, suffixes)) > room:
             raise LqaError(
                 f"The question with {len(self.span)} activations and {new} new tokens exceeds the model's context of "
@@ -331,6 +373,10 @@ class Reading:
             ids = config.prompt.text_prefix(self.decoder.base.tokenizer, shown, [self.layer])
             return ids, [False] * len(ids)
         return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), [self.layer])
+
+    @property
+    def _start(self) -> int:
+        return self.decoder.config.first_position(self.span)
 
     def _prefix(self, sources: tuple[str, ...]) -> engine.Prefix:
         with self._lock:
@@ -349,7 +395,7 @@ class Reading:
         base, config = self.decoder.base, self.decoder.config
         if source == "none" or config.reads_text:
             with self.decoder.session() as model:
-                return engine.prefill(model, [ids])
+                return engine.prefill(model, [ids], self._start)
         if source == "shuffled":
             from lqa.grounding import donor_activations
 
@@ -361,4 +407,4 @@ class Reading:
         mask = torch.tensor([slots], device=base.device)
         with self.decoder.session() as model, Injection(base, config.write_layer, config.operation) as injection:
             with injection.armed(mask, activations):
-                return engine.prefill(model, [ids])
+                return engine.prefill(model, [ids], self._start)
