@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lqa import engine
 from lqa.activations import Passes, capture, gather_spans
+from lqa.calibration import Calibration
 from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span, visible_text
 from lqa.conditioning import Projection, condition, reference
-from lqa.config import DecoderConfig
+from lqa.config import SIDECAR, DecoderConfig, preset_config
 from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base, load_base
 
 EMBEDDED_DECODER = Path(__file__).parent.parent / "decoders" / "smollm2-135m-instruct"
 MAX_NEW_TOKENS = 48
+LEAST = 1e-30  # a token's probability below it is rounding
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,25 @@ class Grounding:
 
 @dataclass(frozen=True)
 class Answer:
-    """A decoder's answer.  `confidence`: mean probability of its tokens, in [0, 1]; `grounding` is None unless it was asked for."""
+    """A decoder's answer; `grounding` is None unless it was asked for.
+
+    confidence   in [0, 1]: the probability that it is right, by the sidecar's calibration; without one, the mean probability of its tokens
+    cannot_tell  the confidence is below the calibration's threshold: the text is a guess
+    """
 
     question: str
     text: str
     confidence: float
     grounding: Grounding | None = None
+    cannot_tell: bool = False
+
+
+class Said(NamedTuple):
+    """A decoded text; `probability`: mean over its tokens; `logprob`: mean log-probability (nats).  0 and log(LEAST) for no tokens."""
+
+    text: str
+    probability: float
+    logprob: float
 
 
 @dataclass(frozen=True)
@@ -57,25 +76,54 @@ class LatentDecoder:
     def __init__(self, base: Base, config: DecoderConfig, name: str, projection: Projection | None = None):
         config.check().check_base(base)
         self.base, self.config, self.name, self.projection = base, config, name, projection
+        self.calibration = None if config.calibration is None else Calibration.load(config.calibration)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path | None = None, *, base: Base | None = None, revision: str | None = None, device=None, dtype=None
+        cls,
+        source: str | Path | None = None,
+        *,
+        base: Base | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        preset: str | None = None,
+        read_layers: Sequence[int] | None = None,
+        write_layer: int | None = None,
+        device=None,
+        dtype=None,
     ) -> LatentDecoder:
-        """Loads a decoder: the embedded one (None), a folder, or a Hub id.
+        """Loads a decoder: the embedded one (None), a folder, or a Hub id (safetensors and JSON only; from the cache when offline).
 
-        base    the base model, if it is already loaded; else the sidecar's is (float32 on CPU, bfloat16 on GPU)
+        base         the base model, if it is already loaded; else the sidecar's is (float32 on CPU, bfloat16 on GPU)
+        revision     a branch, tag or commit on the Hub (default: main)
+        subfolder    where in the folder or repository the adapter lies
+        preset       for a decoder of another project, which ships no sidecar: latentqa, activation-oracle (lqa.config.preset_config)
+        read_layers, write_layer   in place of the preset's; a subfolder `readN` says by its name that layer N is read
 
-        Raises LqaError if the sidecar is missing or malformed, does not match the base, or the adapter file is damaged.
+        Raises LqaError if it cannot be had, the sidecar is missing or malformed or does not match the base, or the adapter is damaged.
         """
         name = str(source or EMBEDDED_DECODER)
         folder = Path(name)
         if source is None and not folder.is_dir():
             raise LqaError(f"The embedded decoder is not at {folder}; run lqa from a clone of its repository, or name a folder or Hub id.")
         if not folder.is_dir():
-            folder = _download(name, revision)
-        config = DecoderConfig.load(folder)
-        base = base or load_base(config.base["name"], device=device, dtype=dtype)
+            folder = _download(name, revision, subfolder)
+        elif revision is not None:
+            raise LqaError(f"{name} is a folder here and has no revisions; leave the revision {revision!r} out.")
+        folder = folder / (subfolder or "")
+        if preset is None:
+            if read_layers is not None or write_layer is not None:
+                raise LqaError("read_layers and write_layer go with a preset; a sidecar says itself what its decoder reads and writes.")
+            config = DecoderConfig.load(folder)
+            weights = config.base.get("weights", {})
+            pinned = weights.get("revision") if weights.get("repo") == config.base["name"] else None
+            base = base or load_base(config.base["name"], revision=pinned, device=device, dtype=dtype)
+        else:
+            trained, lora = _foreign(folder)
+            if read_layers is None and (named := re.fullmatch(r"read(\d+)", Path(subfolder or "").name)):
+                read_layers = [int(named[1])]
+            base = base or load_base(trained, device=device, dtype=dtype)
+            config = preset_config(preset, base, read_layers, write_layer, lora)
         projected = config.conditioning == "projected"
         decoder = cls(base, config, name, Projection.load(folder, config.read_layers, base.hidden_size) if projected else None)
         decoder.adapter, decoder.folder = base.add_adapter(folder), folder
@@ -162,21 +210,37 @@ class LatentDecoder:
         if text != shown:  # it ended inside a character
             yield text[len(shown) :]
 
-    def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[tuple[str, float]]:
-        """Text and mean token probability of every row of a decode."""
+    def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[Said]:
+        """What every row of a decode says."""
         ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
         for step in steps:
             for row, token, probability in step:
                 ids[row].append(token)
                 probabilities[row].append(probability)
         texts = self.base.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [(text.strip(), sum(p) / len(p) if p else 0.0) for text, p in zip(texts, probabilities, strict=True)]
+        found = []
+        for text, p in zip(texts, probabilities, strict=True):
+            n = max(1, len(p))
+            found.append(Said(text.strip(), sum(p) / n, sum(math.log(max(x, LEAST)) for x in p or [0.0]) / n))
+        return found
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from lqa.hub import download_decoder
+def _download(name: str, revision: str | None, subfolder: str | None) -> Path:
+    from lqa.download import DECODER_FILES, download
 
-    return download_decoder(name, revision)
+    return download(name, DECODER_FILES, revision=revision, subfolder=subfolder)
+
+
+def _foreign(folder: Path) -> tuple[str, dict]:
+    """The base and the LoRA summary of an adapter that has no sidecar.  Raises LqaError if it has one, or its config cannot be read."""
+    if (folder / SIDECAR).is_file():
+        raise LqaError(f"{folder} has an {SIDECAR}, which says what the preset would; leave the preset out.")
+    try:
+        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        summary = {k: data[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules") if k in data}
+        return data["base_model_name_or_path"], summary
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LqaError(f"{folder} has no adapter_config.json that names a base model ({error!r}); it is not an adapter.") from error
 
 
 class Reading:
@@ -221,8 +285,8 @@ class Reading:
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
         sources = ("true", "none", "shuffled") if grounding else ("true",)
-        answers = self._decode(questions, sources, max_new_tokens)
-        texts = [text for text, _ in answers]
+        said = self._decode(questions, sources, max_new_tokens)
+        texts = [s.text for s in said]
         n = len(questions)
         references: list[Grounding | None] = [None] * n
         if grounding:
@@ -230,7 +294,12 @@ class Reading:
 
             only = text_only(self, questions, max_new_tokens)
             references = [Grounding(*r) for r in zip(texts[n : 2 * n], texts[2 * n :], only, strict=True)]
-        return [Answer(q, *a, g) for q, a, g in zip(questions, answers[:n], references, strict=True)]
+        sure = self._confidence(questions, said[:n])
+        calibration = self.decoder.calibration
+        return [
+            Answer(q, text, c, g, calibration is not None and c < calibration.threshold)
+            for q, text, c, g in zip(questions, texts[:n], sure, references, strict=True)
+        ]
 
     def stream(self, question: str, *, source: str = "true", max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[str]:
         """The answer in pieces of text.  `source`: "true", or the references "none" and "shuffled"."""
@@ -259,7 +328,23 @@ class Reading:
 
     # --- how -------------------------------------------------------------------------------------------------------
 
-    def _decode(self, questions: Sequence[str], sources: tuple[str, ...], max_new_tokens: int) -> list[tuple[str, float]]:
+    def _confidence(self, questions: Sequence[str], said: Sequence[Said]) -> list[float]:
+        calibration = self.decoder.calibration
+        if calibration is None:
+            return [s.probability for s in said]
+        features = [{"probability": s.probability, "logprob": s.logprob} for s in said]
+        if "grounded" in calibration.weights:
+            tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
+            ids = [prompt.answer(tokenizer, s.text or ".") for s in said]  # nothing cannot be scored
+
+            def score(source: str) -> list[float]:
+                return engine.score(self.decoder.session, self._prefix((source,)), self._rows(questions, (source,), 1), ids)
+
+            for entry, own, none in zip(features, score("true"), score("none"), strict=True):
+                entry["grounded"] = own - none
+        return [calibration.confidence(entry) for entry in features]
+
+    def _decode(self, questions: Sequence[str], sources: tuple[str, ...], max_new_tokens: int) -> list[Said]:
         rows = self._rows(questions, sources, max_new_tokens)
         stop = self.decoder.config.prompt.stop_ids(self.decoder.base.tokenizer)
         return self.decoder.collect(engine.decode(self.decoder.session, self._prefix(sources), rows, max_new_tokens, stop), len(rows))
@@ -272,7 +357,7 @@ class Reading:
             raise LqaError(f"The number of new tokens must be at least 1, not {new}.")
         tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
         suffixes = [prompt.question(tokenizer, check_text(tokenizer, q, "The question")) for q in questions]
-        room = self.decoder.base.context - len(self._prompt_ids()[0]) - new
+        room = self.decoder.base.context - self._start - len(self._prompt_ids()[0]) - new
         if max(map(len, suffixes)) > room:
             raise LqaError(
                 f"The question with {len(self.span)} activations and {new} new tokens exceeds the model's context of "
@@ -288,6 +373,10 @@ class Reading:
             ids = config.prompt.text_prefix(self.decoder.base.tokenizer, shown, [self.layer])
             return ids, [False] * len(ids)
         return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), [self.layer])
+
+    @property
+    def _start(self) -> int:
+        return self.decoder.config.first_position(self.span)
 
     def _prefix(self, sources: tuple[str, ...]) -> engine.Prefix:
         with self._lock:
@@ -306,7 +395,7 @@ class Reading:
         base, config = self.decoder.base, self.decoder.config
         if source == "none" or config.reads_text:
             with self.decoder.session() as model:
-                return engine.prefill(model, [ids])
+                return engine.prefill(model, [ids], self._start)
         if source == "shuffled":
             from lqa.grounding import donor_activations
 
@@ -318,4 +407,4 @@ class Reading:
         mask = torch.tensor([slots], device=base.device)
         with self.decoder.session() as model, Injection(base, config.write_layer, config.operation) as injection:
             with injection.armed(mask, activations):
-                return engine.prefill(model, [ids])
+                return engine.prefill(model, [ids], self._start)

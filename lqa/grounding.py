@@ -60,7 +60,7 @@ def text_only(reading: Reading, questions: Sequence[str], max_new_tokens: int) -
     rows = [engine.Row(0, suffix) for suffix in suffixes]
     stop = decoder.config.prompt.stop_ids(decoder.base.tokenizer)
     steps = engine.decode(decoder.base.decoding, prefix, rows, max_new_tokens, stop)
-    return [text for text, _ in decoder.collect(steps, len(rows))]
+    return [said.text for said in decoder.collect(steps, len(rows))]
 
 
 def text_only_scores(reading: Reading, question: str, answers: Sequence[str]) -> list[float]:

@@ -1,5 +1,7 @@
 """Batches: rows of a prefix and its branches, by small exact cases and against separate plain rows."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -50,6 +52,14 @@ def test_a_row_is_prefix_then_a_branch_per_question_whose_positions_start_anew(l
     assert row["slots"] == slots + [False] * sum(lengths) and sum(row["slots"]) == len(span)
     for _, answer in branches:  # the end of the turn is learned too
         assert answer[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+
+
+def test_shifted_positions_start_at_what_is_hidden_before_the_span(llama):
+    base, collator = llama
+    plain, [(_, span)] = collator.row(row_of())
+    config = dataclasses.replace(collator.config, positions="shifted")
+    shifted, _ = LatentQACollator(base.tokenizer, config, base.context).row(row_of())
+    assert span[0] > 1 and shifted == plain | {"position_ids": [p + span[0] - 1 for p in plain["position_ids"]]}
 
 
 def test_an_unpatched_row_has_its_slots_as_tokens_but_nothing_is_written_there(llama):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CARD = EMBEDDED_DECODER / "README.md"
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python -m lqa")]
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"python -m lqa (?!push )", line)]
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
@@ -28,6 +28,7 @@ def run(*argv: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("path", [ROOT / "README.md", CARD], ids=["README", "card"])
 def test_python_blocks_run_as_printed(path):
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = [block for block in blocks if '"me/' not in block]  # with the Hub: test_round_trip.py
     assert blocks
     assert run("-c", "\n".join(blocks)).stdout.strip()
 

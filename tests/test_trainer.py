@@ -273,7 +273,8 @@ lora: {r: 2, lora_alpha: 4}
 validation_readings: 2
 mixture: {qa_per_reading: 2}
 training_args: {output_dir: OUT, max_steps: 2, per_device_train_batch_size: 2, learning_rate: 1.0e-2, logging_steps: 1, report_to: none,
-                save_steps: 1, use_cpu: true, disable_tqdm: true, eval_strategy: steps, eval_steps: 2}
+                save_steps: 1, use_cpu: true, disable_tqdm: true, eval_strategy: steps, eval_steps: 2,
+                train_sampling_strategy: group_by_length}
 """
 
 

@@ -88,12 +88,12 @@ class LatentQACollator:
             slots = [False] * len(ids)
         else:
             ids, slots = prompt.prefix(self.tokenizer, self.config.slot_token_id, len(span), example["layers"])
-        start = len(ids)
-        positions, branch, labels = list(range(start)), [PREFIX] * start, [IGNORE] * start
+        start, first = len(ids), self.config.first_position(span)
+        positions, branch, labels = list(range(first, first + start)), [PREFIX] * start, [IGNORE] * start
         for b, pair in enumerate(example["qa"], start=1):
             question, answer = prompt.question(self.tokenizer, pair["question"]), prompt.answer(self.tokenizer, pair["answer"])
             ids = ids + question + answer
-            positions += range(start, start + len(question) + len(answer))
+            positions += range(first + start, first + start + len(question) + len(answer))
             branch += [b] * (len(question) + len(answer))
             labels += [IGNORE] * len(question) + answer
         slots = [s and example["patched"] for s in slots] + [False] * (len(ids) - start)

@@ -10,17 +10,15 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from lqa.cards import LOSS_PLOT, TRAINING_LOG, with_results, write_decoder_card
 from lqa.conditioning import PROJECTION, Projection
 from lqa.config import DecoderConfig
 from lqa.errors import LqaError
-from lqa.evals.report import metrics
-from lqa.hub import LOSS_PLOT, TRAINING_LOG, write_decoder_card
 
 
 def plot_losses(log: list[dict], path: Path) -> None:
@@ -61,7 +59,7 @@ def export(run: Path, out: Path, results: Path | None = None) -> None:
         width = next(iter(load_file(run / PROJECTION).values())).shape[0]
         Projection.load(run, config.read_layers, width).save(out, torch.float16)
     if results is not None:
-        config = replace(config, metrics=metrics(results))
+        config = with_results(config, results)
     config.save(out)
     log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
     lines = ",\n".join(" " + json.dumps({k: v for k, v in entry.items() if not k.endswith(("runtime", "per_second"))}) for entry in log)

@@ -17,10 +17,10 @@ from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 
 from lqa.activations import capture, gather_spans
+from lqa.cards import CARDS
 from lqa.conditioning import PROJECTION, Projection, condition
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
-from lqa.hub import CARDS
 from lqa.injection import Injection
 from lqa.models import Base
 from train.collator import IGNORE, LatentQACollator, block_mask
@@ -210,7 +210,7 @@ class LatentQATrainer(SFTTrainer):
 
     def create_model_card(self, *_, folder: str | Path | None = None, **__) -> None:
         """Our card (hub_cards/decoder.md) in place of TRL's generic one."""
-        from lqa.hub import write_decoder_card
+        from lqa.cards import write_decoder_card
 
         if self.accelerator.is_main_process:
             folder = Path(folder or self.args.output_dir)

@@ -29,7 +29,8 @@ LATENTQA_FIELDS = {
 class Item(NamedTuple):
     """A control to identify: its label, kind, text, own message, and the first (descriptive) answer about it.
 
-    Further what read forms other than `system` need, and the labels of its near-neighbours where they are known.
+    Further what read forms other than `system` need, and, where they are known, the labels of its near-neighbours, questions about this
+    control alone with their answers (`own`), and a label of a few words (`short`).
     """
 
     label: str
@@ -40,6 +41,8 @@ class Item(NamedTuple):
     acknowledgement: str = ""
     reply: str = ""
     contrast: tuple[str, ...] = ()
+    own: tuple[tuple[str, str], ...] = ()
+    short: str = ""
 
     @property
     def category(self) -> str:
@@ -93,7 +96,8 @@ def corpus_items(split: str = "test", form: str = "system") -> tuple[list[Item],
     for c in controls:
         if c.id in messages:
             message, reply = messages[c.id]
-            items.append(Item(c.id, c.kind, c.control, message, c.descriptions[0], c.acknowledgement, reply, c.contrast))
+            own = tuple((pair.question, pair.answer) for pair in c.qa)
+            items.append(Item(c.id, c.kind, c.control, message, c.descriptions[0], c.acknowledgement, reply, c.contrast, own, c.short))
     return items, {"name": f"own {split} split", "sha256": revision()}
 
 
@@ -114,8 +118,8 @@ def latentqa_items(folder: str | Path, form: str = "system") -> tuple[list[Item]
         for entry in json.loads((place / f"{form}.json").read_text(encoding="utf-8")):
             if entry["label"] in qa:
                 control, acknowledgement, message, reply = (entry[name] if name else "" for name in LATENTQA_FIELDS[form])
-                label, answer = entry["label"], qa[entry["label"]][0][1]
-                items.append(Item(label, label.split("-")[0], control, message, answer, acknowledgement, reply))
+                label, own = entry["label"], tuple((q, a) for q, a in qa[entry["label"]])
+                items.append(Item(label, label.split("-")[0], control, message, own[0][1], acknowledgement, reply, own=own))
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise LqaError(f"{place} is not in LatentQA's format ({type(error).__name__}: {error}); get it from {LATENTQA_HOME}.") from error
     items = [item for item in items if item.kind in QUESTIONS]

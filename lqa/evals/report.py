@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from lqa.errors import LqaError
@@ -227,10 +226,9 @@ def card_tables(found: dict) -> str:
 
 
 def write_metrics(decoder: str | Path, folder: str | Path) -> None:
-    """Puts the figures of a results folder into a decoder's sidecar, and renders its card again."""
+    """Puts the figures of a results folder into a decoder's sidecar, and renders its card again.  Raises LqaError if they are another's."""
+    from lqa.cards import with_results, write_decoder_card
     from lqa.config import DecoderConfig
-    from lqa.hub import write_decoder_card
 
-    config = DecoderConfig.load(decoder)
-    replace(config, metrics=metrics(folder)).save(decoder)
+    with_results(DecoderConfig.load(decoder), folder).save(decoder)
     write_decoder_card(decoder)

@@ -153,6 +153,13 @@ def run(
     return {suite: document for suite, document in report.load(out).items() if suite in modules}
 
 
+def judge(folder: str | Path, data_folder: str | None, url: str, model: str) -> None:
+    """Has a model judge the answers of `open` in a results folder (lqa.evals.judge)."""
+    from lqa.evals.judge import judge_folder
+
+    judge_folder(folder, data_folder, url=url, model=model)
+
+
 def print_report(folders: Sequence[str]) -> None:
     """Prints the tables of a results folder, or of several side by side.  Raises LqaError for one without (readable) results."""
     print(report.report({name: report.load(folder) for name, folder in report.names(folders).items()}))

@@ -52,7 +52,7 @@ function update() {
   text.textContent = value.answer || (value.stage === "idle" ? "The answer will be written here." : value.stage === "answer" ? "" : "(no words)");
   const known = value.confidence !== null && value.confidence !== undefined;
   confidence.textContent = known ? "confidence " + Math.round(100 * value.confidence) + " %" : "";
-  confidence.title = "Mean probability of the answer's tokens. It says how sure the decoder is, not whether it is right.";
+  confidence.title = "How sure the decoder is: the probability that it is right where its sidecar is calibrated, else the mean probability of its tokens.";
   fill.style.width = known ? 100 * value.confidence + "%" : "0";
   for (const name of ["none", "shuffled", "text_only"]) {
     const reference = value.references[name];
