@@ -134,7 +134,7 @@ def test_results_of_another_decoder_are_refused(folder, results):
     (results / "identify.json").write_text(json.dumps(data))
     with pytest.raises(LqaError, match="results of another decoder"):
         publishing.prepare("decoder", folder, "me/decoder", results=str(results))
-    with pytest.raises(LqaError, match="cannot be read.*lqa eval identify"):
+    with pytest.raises(LqaError, match="holds no results of a suite"):
         publishing.prepare("decoder", folder, "me/decoder", results=str(folder))
 
 

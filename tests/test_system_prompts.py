@@ -49,28 +49,29 @@ def test_messages_are_grouped_without_rest():
     assert groups(list("abcde"), 2) == [["a", "b"], ["c", "d"]] and groups(list("abc"), 1) == [["a"], ["b"], ["c"]]
 
 
-@pytest.mark.parametrize("limit", [10, 20])
+@pytest.mark.parametrize("limit", [20, 40])
 def test_run_has_every_method_and_what_knows_nothing_is_at_chance(tiny_decoder, tmp_path, limit):
     decoder = tiny_decoder("smol", conditioning="projected")
+    n = limit // 20  # messages
 
     def run(out):
         with Journal(out / "journal.jsonl", {}) as journal:
             return system_prompts.run(Job("system-prompts", decoder, journal, data=None, limit=limit, rows={"twin": decoder}))
 
     result = run(tmp_path)
-    with_probe = {"probe"} if limit == 20 else set()  # a probe is trained on other messages
+    with_probe = {"probe"} if n > 1 else set()  # a probe is trained on other messages
     for name in ("easy", "hard"):
         table = result.tables[name]
         known = set(ROWS) - {"text_only_trained", "probe"} | with_probe
         assert set(table.rows) == {ROWS[method] for method in known} | {"twin"}
-        assert list(table.columns) == [f"{what}, {n}" for what in ("choice", "named") for n in range(1, limit // 10 + 1)]
+        assert list(table.columns) == [f"{what}, {m}" for what in ("choice", "named") for m in range(1, n + 1)]
         for method in ("none", "text_only"):  # the same for all personas
-            cells = table.rows[ROWS[method]][: limit // 10]
+            cells = table.rows[ROWS[method]][:n]
             assert [(c.mean, c.low, c.high) for c in cells] == [pytest.approx((0.1, 0.1, 0.1))] * len(cells)
-        assert table.rows["twin"] == table.rows[ROWS["ours"]] and table.rows[ROWS["ours"]][0].n == limit
+        assert table.rows["twin"] == table.rows[ROWS["ours"]] and table.rows[ROWS["ours"]][0].n == 10 * n
         if with_probe:
             assert table.rows[ROWS["probe"]][0].mean > 0.5 and table.rows[ROWS["probe"]][-1] is None
-    assert len(result.items) == 2 * limit and len(result.plots) == 4
+    assert len(result.items) == limit and len(result.plots) == 4
     confusion = result.plots[1].series[""]["values"]
     assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in confusion)
     assert run(tmp_path) == result

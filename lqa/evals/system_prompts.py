@@ -74,8 +74,8 @@ def load() -> tuple[dict[str, list[Persona]], list[str], str]:
 
 def run(job: Job) -> Result:
     sets, messages, question = load()
-    if job.limit is not None:  # an item is a persona under a message; each set has at most so many
-        messages = messages[: max(1, job.limit // len(sets["easy"]))]
+    if job.limit is not None:  # an item is a persona under a message
+        messages = messages[: max(1, job.limit // sum(map(len, sets.values())))]
     counts = [n for n in COUNTS if n <= len(messages)]
     total = len(sets) * (len(messages) + 1)
     done: dict[str, list[dict]] = {}
