@@ -406,7 +406,7 @@ def test_bad_pushes_are_one_sentence_and_exit_code_2(argv, words, capsys, monkey
 def test_dry_run_prints_files_and_card_and_needs_no_network(capsys, folder, results):
     assert main(["push", "decoder", str(folder), "me/decoder", "--dry-run", "--results", str(results)]) == 0
     out = capsys.readouterr().out
-    for expected in ("adapter_model.safetensors", "results/identify.json", "README.md", "base_model: tiny/smol", "31.2 %"):
+    for expected in ("adapter_model.safetensors", "results/identify.json", "README.md", "base_model: tiny/smol", "31.2% (25.0 to 37.5)"):
         assert expected in out
 
 
