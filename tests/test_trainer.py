@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -13,12 +14,13 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import train.trainer
-from lqa import LatentDecoder
+from lqa import LatentDecoder, corpus
 from lqa.conditioning import Projection
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
 from train.decoder import TrainConfig, build_trainer, load_config, main
 from train.export import export
+from train.projection import ProjectionConfig, fit_projection
 
 
 def losses(trainer):
@@ -404,3 +406,14 @@ def test_the_seed_decides_everything(entry):
         return losses(trainer)
 
     assert first_losses() == first_losses() != first_losses("training_args.seed=1")
+
+
+def test_a_fake_s_projection_predicts_strangers(tiny, config_for):
+    base = tiny("llama", max_position_embeddings=4096)
+    config = replace(config_for(base), conditioning="projected")
+    controls = corpus.load_controls("train")[:60]
+    maps = [fit_projection(base, config, controls, ProjectionConfig(messages=1), 0, shuffled).maps for shuffled in (False, True)]
+    for k in config.read_layers:
+        (weight, bias), (other, other_bias) = maps[0][k], maps[1][k]
+        assert weight.shape == other.shape and not torch.allclose(weight, other, atol=1e-3)
+        assert torch.isfinite(other).all() and torch.isfinite(other_bias).all()

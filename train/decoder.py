@@ -204,7 +204,7 @@ def _projection(base, sidecar, controls, fitting, args, config: TrainConfig):
             return Projection.load(folder, sidecar.read_layers, base.hidden_size)
     print(f"Fitting the projection on {len(controls)} controls.", file=sys.stderr)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):
-        return fit_projection(base, sidecar, controls, fitting, args.seed)
+        return fit_projection(base, sidecar, controls, fitting, args.seed, config.mixture.get("shuffled_activations", False))
 
 
 def main(argv: list[str] | None = None) -> int:
