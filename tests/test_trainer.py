@@ -414,6 +414,6 @@ def test_a_fake_s_projection_predicts_strangers(tiny, config_for):
     controls = corpus.load_controls("train")[:60]
     maps = [fit_projection(base, config, controls, ProjectionConfig(messages=1), 0, shuffled).maps for shuffled in (False, True)]
     for k in config.read_layers:
-        (weight, bias), (other, other_bias) = maps[0][k], maps[1][k]
+        (weight, _), (other, other_bias) = maps[0][k], maps[1][k]
         assert weight.shape == other.shape and not torch.allclose(weight, other, atol=1e-3)
         assert torch.isfinite(other).all() and torch.isfinite(other_bias).all()
