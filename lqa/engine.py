@@ -173,7 +173,7 @@ def _extended(session: Callable, prefix: Prefix, row: Row) -> Prefix:
     with session() as model:
         cache = prefix.rows([row.prefix])
         _logits(model, _left_padded(prefix, [row.suffix[:-1]], model.device), cache, 1)
-    return Prefix(cache, prefix.length + len(row.suffix) - 1)
+    return Prefix(cache, prefix.length + len(row.suffix) - 1, prefix.start)
 
 
 def score(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[float]:

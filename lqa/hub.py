@@ -47,7 +47,7 @@ def _decoder(folder: Path, repo_id: str, options: dict) -> dict[str, str]:
         config = cards.with_results(config, results)
         made |= {f"{RESULTS}/{path.name}": path.read_text(encoding="utf-8") for path in sorted(Path(results).glob("*.json"))}
     made[SIDECAR] = json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n"
-    about = {"dataset": options.get("dataset"), "results": RESULTS if results else None}
+    about = {"dataset": options.get("dataset"), "results": f"{RESULTS}/" if results else None}
     return made | {README: cards.decoder_card(folder, config, repo_id=repo_id, **about)}
 
 
