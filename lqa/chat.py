@@ -84,9 +84,9 @@ def ensure_template(tokenizer) -> None:
         tokenizer.chat_template = PLAIN_TEMPLATE
 
 
-def _template(tokenizer, chat: Chat, generation: bool) -> str:
+def _template(tokenizer, chat: Chat, generation: bool, **options) -> str:
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation, **options)
     except Exception as error:  # templates raise jinja2 errors of many kinds, all with a message for people
         raise LqaError(f"The model's chat template refuses this chat: {error}") from error
 
@@ -97,10 +97,10 @@ def _marked(chat: Chat) -> tuple[Chat, list[str]]:
     return [{"role": m["role"], "content": mark} for m, mark in zip(chat, markers, strict=True)], markers
 
 
-def _skeleton(tokenizer, chat: Chat, generation: bool) -> list[str]:
-    """The n + 1 pieces of template text before, between and behind the n contents of `chat`."""
+def _skeleton(tokenizer, chat: Chat, generation: bool, **options) -> list[str]:
+    """The n + 1 pieces of template text before, between and behind the n contents of `chat`; `options` go to the template."""
     marked, markers = _marked(chat)
-    text, pieces = _template(tokenizer, marked, generation), []
+    text, pieces = _template(tokenizer, marked, generation, **options), []
     for marker in markers:
         head, found, text = text.partition(marker)
         if not found:
@@ -238,6 +238,13 @@ def resolve_span(span: Span, rendered: Rendered) -> list[int]:
     if not indices:
         raise LqaError(f"The span {span!r} selects no token of this chat (position 0 belongs to no span); choose another.")
     return indices
+
+
+def visible_text(rendered: Rendered, indices: list[int]) -> str:
+    """The turns that a span touches, as text: what a reference without activations is given."""
+    hidden = hidden_turns(rendered, indices)
+    visible = [f"{role.capitalize()}: {content}" for i, (role, content) in enumerate(rendered.chat) if i not in hidden]
+    return "\n".join(visible) or "(nothing is visible)"
 
 
 def hidden_turns(rendered: Rendered, indices: list[int]) -> set[int]:

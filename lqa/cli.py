@@ -1,4 +1,4 @@
-"""The command line: `python -m lqa ask | score | steer | chat | eval | data | bench`.  Bad input: one sentence on stderr, exit code 2."""
+"""The command line: `python -m lqa ask | score | steer | chat | eval | data | push | bench`.  Bad input: a sentence on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def _span(text: str):
 def _decoder(options):
     from lqa.decoder import LatentDecoder
 
-    return LatentDecoder.from_pretrained(options.decoder)
+    where = {name: value for name in ("revision", "subfolder", "preset") if (value := getattr(options, name)) is not None}
+    return LatentDecoder.from_pretrained(options.decoder, **where)
 
 
 def _print(document: dict) -> None:
@@ -49,6 +50,8 @@ def _print(document: dict) -> None:
 
 
 def ask(options) -> None:
+    from lqa.calibration import CANNOT_TELL
+
     chat = _chat(options)
     reading = _decoder(options).read(chat, _span(options.span), options.layer)
     answers = reading.ask(options.question, grounding=options.grounding, max_new_tokens=options.max_new_tokens)
@@ -57,7 +60,7 @@ def ask(options) -> None:
         entries = [{"question": e["question"], "answer": e["text"], **{k: e[k] for k in ("confidence", "grounding")}} for e in entries]
         return _print({"answers": entries, "tokens": reading.tokens, "span": list(reading.span), "layer": reading.layer})
     for a in answers:
-        print(f"Q: {a.question}\nA: {a.text}   (confidence {a.confidence:.2f})")
+        print(f"Q: {a.question}\nA: {a.text}   (confidence {a.confidence:.2f}{f'; {CANNOT_TELL}' if a.cannot_tell else ''})")
         for name, text in asdict(a.grounding).items() if a.grounding else ():
             print(f"   {name}: {text}")
 
@@ -127,14 +130,51 @@ def chat(options) -> None:
 def evaluate(options) -> None:
     from lqa.evals import runner
 
-    if options.suites[0] == "report":
-        if len(options.suites) < 2:
+    first, *rest = options.suites
+    if first == "report":
+        if not rest:
             raise LqaError("Name at least one results folder: `python -m lqa eval report DIR`.")
-        return runner.print_report(options.suites[1:])
+        return runner.print_report(rest)
+    if first == "tables":
+        written = runner.write_tables(rest, options.decoder, options.out or "README.md")
+        return print("\n".join(written))
+    if (options.endpoint is None) != (options.judge is None):
+        raise LqaError("Give --endpoint URL and --judge MODEL together: that model behind that endpoint judges the answers of open.")
+    if first == "judge":
+        if len(rest) != 1 or options.judge is None:
+            raise LqaError("Name one results folder and a judge: `python -m lqa eval judge DIR --endpoint URL --judge MODEL`.")
+        runner.judge(rest[0], options.data, options.endpoint, options.judge)
+        return runner.print_report(rest)
     if options.out is None:
         raise LqaError("Name a folder for the results with --out DIR.")
-    results = runner.run(options.suites, options.out, folder=options.data, decoder_source=options.decoder, limit=options.limit)
-    print(runner.report(results))
+    if options.judge is not None and "open" not in options.suites:
+        raise LqaError("--judge judges the answers of the suite open; name it among the suites.")
+    runner.run(
+        options.suites,
+        options.out,
+        folder=options.data,
+        decoder_source=options.decoder,
+        limit=options.limit,
+        seed=options.seed,
+        sweep=options.sweep,
+        text_only_trained=options.text_only_trained,
+        rows=[row for row in options.rows.split(",") if row],
+    )
+    if options.judge is not None:
+        runner.judge(options.out, options.data, options.endpoint, options.judge)
+    runner.print_report([options.out])
+
+
+def push(options) -> None:
+    from lqa import hub
+
+    about = {"results": options.results, "dataset": options.dataset}
+    if options.dry_run:
+        plan = hub.prepare(options.kind, options.path, options.repo_id, **about)
+        print("\n".join(f"{size:>12,}  {name}" for name, size in plan.sizes().items()))
+        return print(f"\n{hub.README}:\n\n{plan.card}")
+    pushed = hub.push(options.kind, options.path, options.repo_id, private=options.private, **about)
+    print(f"{pushed.url}: {f'{len(pushed.files)} files, ' if pushed.changed else 'nothing has changed, '}commit {pushed.commit}")
 
 
 def bench(options) -> None:
@@ -221,6 +261,9 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     def chat_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--revision", metavar="REV", help="a branch, tag or commit of the decoder on the Hub (default: main)")
+        sub.add_argument("--subfolder", metavar="NAME", help="where in its repository or folder the decoder lies")
+        sub.add_argument("--preset", metavar="NAME", help="for a decoder without a sidecar: latentqa, activation-oracle")
         sub.add_argument("--user", metavar="TEXT", help="the user's message")
         sub.add_argument("--system", metavar="TEXT", help="a system prompt before it")
         sub.add_argument("--chat", metavar="FILE.json", help="a whole chat instead: a list of role/content messages")
@@ -257,11 +300,26 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--strength", metavar="X", help="how strongly: 0 is the unsteered model, 1 the steering as trained (default: 1)")
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest reply in tokens (default: 128)")
 
-    sub = command("eval", evaluate, "Evaluate a decoder against its references; `eval report DIR ...` prints results again.")
-    sub.add_argument("suites", nargs="+", metavar="SUITE", help="identify; or: report DIR ...")
+    text = "Evaluate a decoder against its references and baselines."
+    sub = command("eval", evaluate, f"{text} `eval report DIR ...` prints results again; `eval tables` writes them into README.md.")
+    sub.add_argument(
+        "suites",
+        nargs="+",
+        metavar="SUITE",
+        help="identify, open, system-prompts, relations, sensitivity, calibration; or: report DIR ...; or: judge DIR; "
+        "or: tables [DIR --decoder FOLDER]",
+    )
     sub.add_argument("--data", metavar="DIR", help="outside evaluation data (default: the corpus's own test split)")
-    sub.add_argument("--limit", type=int, metavar="N", help="use at most N items, drawn with a fixed seed")
-    sub.add_argument("--out", metavar="DIR", help="where to write the results")
+    sub.add_argument("--limit", type=int, metavar="N", help="use at most N items of a suite, drawn with the seed")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of draws and samples (default: 0)")
+    sub.add_argument("--sweep", action="store_true", help="identify also by read form, span and layer")
+    sub.add_argument("--text-only-trained", metavar="DIR", help="a decoder trained with visible_text=true, as a further reference")
+    sub.add_argument(
+        "--rows", default="", metavar="LIST", help="fakes as further rows of identify: random, untrained, or folders, separated by commas"
+    )
+    sub.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1, for --judge")
+    sub.add_argument("--judge", metavar="MODEL", help="a model there that judges the answers of open; its key: OPENAI_API_KEY")
+    sub.add_argument("--out", metavar="DIR", help="where to write the results; killed, the same command goes on there")
 
     data = commands.add_parser("data", help="Make, import, check and publish the QA corpus.", description="The QA corpus.")
     parts = data.add_subparsers(dest="part", required=True, metavar="PART")
@@ -304,6 +362,17 @@ def parser() -> argparse.ArgumentParser:
     sub = parts.add_parser("generate", help=text, description=text)
     generate.add_arguments(sub)
     sub.set_defaults(run=generate.run)
+
+    text = "Publish a folder on the Hub as one commit, with a card; needs a token (`hf auth login`)."
+    sub = commands.add_parser("push", help=text, description=text)
+    sub.set_defaults(run=push)
+    sub.add_argument("kind", choices=["decoder", "steering", "dataset", "space"])
+    sub.add_argument("path", metavar="PATH", help="the folder; for a Space, a clone of lqa's repository")
+    sub.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the Hub")
+    sub.add_argument("--private", action="store_true", help="make the repository private")
+    sub.add_argument("--dry-run", action="store_true", help="print the files and the card, and send nothing; needs no network")
+    sub.add_argument("--results", metavar="DIR", help="of a decoder: the results folder whose figures go into its card")
+    sub.add_argument("--dataset", metavar="REPO_ID", help="of a decoder: its corpus on the Hub, which the card then links")
 
     sub = command("bench", bench, "Measure speed against named alternatives in the same run.")
     sub.add_argument("name", choices=["read", "train", "steer"])

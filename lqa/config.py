@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from lqa.calibration import Calibration
 from lqa.chat import _closing, _common_prefix, _header, _skeleton
 from lqa.conditioning import check_conditioning
 from lqa.errors import LqaError
@@ -18,7 +19,9 @@ from lqa.masks import PREFIX
 
 SIDECAR = "lqa_config.json"
 SCHEMA_VERSION = 1
-POSITIONS = ("sequential",)
+POSITIONS = ("sequential", "shifted")
+PRESETS = ("latentqa", "activation-oracle")
+VISIBLE_TEXT = "visible_text"  # an "injection" that injects nothing: the visible turns stand in the prompt as text
 IGNORE = -100  # the label of a token that is not scored
 
 
@@ -38,15 +41,25 @@ class Prompt:
     question_tail: str
     end: str
 
-    def prefix(self, tokenizer, slot_token_id: int, n_slots: int, layers: list[int]) -> tuple[list[int], list[bool]]:
+    def prefix(
+        self, tokenizer, slot_token_id: int | list[int], n_slots: int, layers: list[int]
+    ) -> tuple[list[int], list[bool]]:
         """Token ids up to the question, and which of them are slots (n_slots for each of `layers`)."""
+        first, other = slot_token_id if isinstance(slot_token_id, list) else (slot_token_id, slot_token_id)
         ids = _ids(tokenizer, self.start)
         slots = [False] * len(ids)
         for layer in layers:
             head, tail = _ids(tokenizer, self.block_head.format(layer=layer)), _ids(tokenizer, self.block_tail)
-            ids += head + [slot_token_id] * n_slots + tail
+            ids += head + [first] + [other] * (n_slots - 1) + tail
             slots += [False] * len(head) + [True] * n_slots + [False] * len(tail)
         return ids, slots
+
+    def text_prefix(self, tokenizer, text: str, layers: list[int]) -> list[int]:
+        """`prefix` with a text in place of the slots."""
+        ids = _ids(tokenizer, self.start)
+        for layer in layers:
+            ids += _ids(tokenizer, self.block_head.format(layer=layer)) + _ids(tokenizer, text) + _ids(tokenizer, self.block_tail)
+        return ids
 
     def question(self, tokenizer, question: str, after: Sequence[tuple[str, str]] = ()) -> list[int]:
         """A question; `after` are earlier ones about the same slots with their answers, oldest first, as turns in front of it."""
@@ -78,18 +91,33 @@ class Prompt:
         between = _skeleton(tokenizer, [{"role": role, "content": ""} for role in ("user", "assistant", "user")], False)[2]
         return between[_closing(tokenizer, between, self.end) :]
 
-    def row(self, tokenizer, slot_token_id: int, n_slots: int, layers: list[int], qa: Sequence[tuple[str, str]]) -> dict[str, list]:
+    def row(
+        self,
+        tokenizer,
+        slot_token_id: int | list[int],
+        n_slots: int,
+        layers: list[int],
+        qa: Sequence[tuple[str, str]],
+        first: int = 0,
+        text: str | None = None,
+    ) -> dict[str, list]:
         """Several questions with their answers as branches behind one prefix, in one row (the mask: lqa.masks.block_mask).
 
         {"input_ids", "position_ids", "branch", "labels", "slots"}, equally long; `labels` are IGNORE but for answers and their end.
+        first   the position of the first token (DecoderConfig.first_position)
+        text    in place of the slots, for a decoder that reads text
         """
-        ids, slots = self.prefix(tokenizer, slot_token_id, n_slots, layers)
+        if text is None:
+            ids, slots = self.prefix(tokenizer, slot_token_id, n_slots, layers)
+        else:
+            ids = self.text_prefix(tokenizer, text, layers)
+            slots = [False] * len(ids)
         start = len(ids)
-        positions, branch, labels = list(range(start)), [PREFIX] * start, [IGNORE] * start
+        positions, branch, labels = list(range(first, first + start)), [PREFIX] * start, [IGNORE] * start
         for b, (question, answer) in enumerate(qa, start=1):
             asked, given = self.question(tokenizer, question), self.answer(tokenizer, answer)
             ids = ids + asked + given
-            positions += range(start, start + len(asked) + len(given))
+            positions += range(first + start, first + start + len(asked) + len(given))
             branch += [b] * (len(asked) + len(given))
             labels += [IGNORE] * len(asked) + given
         slots += [False] * (len(ids) - start)
@@ -137,28 +165,51 @@ class DecoderConfig:
     injection_constant: float | None
     conditioning: str  # what is done to activations before they are injected (lqa.conditioning)
     conditioning_constant: float | None
-    slot_token_id: int
+    slot_token_id: int | list[int]  # a list: of the first slot of a block, and of the others (text that merges differently there)
     prompt: Prompt
-    positions: str  # "sequential": decoder positions count 0, 1, 2, ...
+    positions: str  # of the decoder's tokens; see first_position
     answer_role: str  # the role that answers in the prompt
     lora: dict = field(default_factory=dict)
     corpus: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
+    calibration: dict | None = None  # of Answer.confidence (lqa.calibration); None: it is the mean token probability
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def reads_text(self) -> bool:
+        """True for the reference text_only_trained, which gets the visible turns as text and no activations."""
+        return self.injection == VISIBLE_TEXT
 
     @property
     def operation(self) -> Operation:
         return Operation(self.injection, self.injection_constant)
 
+    def first_position(self, span: Sequence[int]) -> int:
+        """The position of the prompt's first token, for a reading of `span`; the others count on from it.
+
+        sequential   0
+        shifted      span[0] - 1, the number of tokens hidden before the span (position 0 is never read): a slot's position is that of the
+                     token it stands for, plus a constant (Pan et al. 2024, released training code)
+        """
+        return span[0] - 1 if self.positions == "shifted" else 0
+
     def check(self) -> DecoderConfig:
         """Raises LqaError for values that this version cannot honour."""
         if self.schema_version != SCHEMA_VERSION:
             raise LqaError(f"{SIDECAR} has the schema version {self.schema_version!r}, this lqa reads {SCHEMA_VERSION}; update lqa.")
-        self.operation.check()
+        if self.reads_text:
+            if (self.injection_constant, self.conditioning) != (None, "raw"):
+                raise LqaError(f"{SIDECAR}: a decoder that reads visible text has no injection constant and the conditioning 'raw'.")
+        else:
+            self.operation.check()
         check_conditioning(self.conditioning, self.conditioning_constant)
+        if self.calibration is not None:
+            Calibration.load(self.calibration)
         if self.positions not in POSITIONS:
             raise LqaError(f"{SIDECAR}: the position policy {self.positions!r} is unknown; supported are {', '.join(POSITIONS)}.")
+        if isinstance(self.slot_token_id, list) and len(self.slot_token_id) != 2:
+            raise LqaError(f"{SIDECAR}: slot_token_id is {self.slot_token_id}; give one id, or the first slot's and the others'.")
         if self.write_layer < -1:
             raise LqaError(f"{SIDECAR}: write_layer is {self.write_layer}; name a block (0, 1, ...), or -1 for the embeddings.")
         if self.layers_per_reading != 1:
@@ -176,8 +227,9 @@ class DecoderConfig:
                     f"The decoder was trained on {self.base['name']} with the {part} fingerprint {mine}, but {base.name} has {live[part]}; "
                     "load it with its own base model."
                 )
-        if not 0 <= self.slot_token_id < base.model.config.get_text_config().vocab_size:
-            raise LqaError(f"{SIDECAR} names the slot token {self.slot_token_id}, which {base.name} does not have.")
+        for token in self.slot_token_id if isinstance(self.slot_token_id, list) else [self.slot_token_id]:
+            if not 0 <= token < base.model.config.get_text_config().vocab_size:
+                raise LqaError(f"{SIDECAR} names the slot token {token}, which {base.name} does not have.")
         if deepest := [k for k in [*self.read_layers, self.write_layer] if k >= len(base.blocks)]:
             raise LqaError(f"{SIDECAR} names layer {deepest[0]}, but {base.name} has the blocks 0 to {len(base.blocks) - 1}.")
 
@@ -200,10 +252,13 @@ class DecoderConfig:
             data["prompt"] = Prompt(**data["prompt"])
             assert {"name", "fingerprint"} <= set(data["base"]) and {"config", "tokenizer"} <= set(data["base"]["fingerprint"])
         except FileNotFoundError as error:
-            raise LqaError(f"{folder} has no {SIDECAR}; it is not an lqa decoder (or an incomplete download).") from error
+            raise LqaError(
+                f"{folder} has no {SIDECAR}, so it is no decoder of lqa (or an incomplete one); a public decoder of another project loads "
+                f"with a preset ({', '.join(PRESETS)})."
+            ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError, KeyError) as error:
             raise LqaError(f"{path} is malformed ({type(error).__name__}: {error}); download or train the decoder again.") from error
-        if missing := [f.name for f in fields(cls) if f.name not in data]:
+        if missing := [f.name for f in fields(cls) if f.name not in data and f.name != "calibration"]:  # sidecars before it lack that
             raise LqaError(f"{path} lacks the key(s) {', '.join(missing)}; it was written by another version of lqa.")
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             raise LqaError(f"{path} has the unknown key(s) {', '.join(unknown)}; it was written by another version of lqa.")
@@ -211,3 +266,83 @@ class DecoderConfig:
             return cls(**data).check()
         except TypeError as error:
             raise LqaError(f"{path} has a value of the wrong type ({error}); download or train the decoder again.") from error
+
+
+# --- presets: sidecars for public decoders that ship none -----------------------------------------------------------
+
+LATENTQA_ROLE = "reflect"  # the decoder's answers are not to be taken for the target's assistant
+LATENTQA_ACKNOWLEDGEMENT = "Sure, I've analyzed the assistant."
+
+
+def preset_config(
+    name: str, base, read_layers: Sequence[int] | None = None, write_layer: int | None = None, lora: dict | None = None
+) -> DecoderConfig:
+    """The sidecar that a decoder of another project would have, over `base` (lqa.models.Base).
+
+    latentqa            z <- h after block 0, h read after block 15 (Pan, Chen and Steinhardt 2024, sections 2 and 3; released code).  One
+                        user turn of slots `? ? ?`, a constant answer, the question; the assistant's role is called "reflect" where the
+                        template names it; positions as in training (the released reading script forgets the shift).  Not taken over: in
+                        training, the first visible token of a reading with a hidden turn was given another token's activation.
+    activation-oracle   z <- z + |z| h/|h| after block 1, h read at 25, 50 (default) or 75 % of the depth (Karvonen et al. 2025, section 3;
+                        released code).  One user turn `Layer: L`, the slots ` ? ? ?`, the question; the template without thinking.
+
+    `read_layers` (the first is the default) and `write_layer` override the published ones.  Raises LqaError for an unknown preset, or a
+    tokenizer that does not keep the slots apart, on which the published prompt cannot be built.
+    """
+    if name not in PRESETS:
+        raise LqaError(f"The preset {name!r} is unknown; there are {', '.join(PRESETS)}.")
+    n, tokenizer = len(base.blocks), base.tokenizer
+    if name == "latentqa":
+        published, write, operation, positions = [15], 0, Operation("replace"), "shifted"
+        prompt, role = _latentqa_prompt(tokenizer)
+        slots = _slot_ids(tokenizer, prompt.start, "? ? ?")
+    else:
+        published, write, operation, positions = [n // 2, n // 4, int(n * 0.75)], 1, Operation("add_normed", 1.0), "sequential"
+        prompt, role = _oracle_prompt(tokenizer), "assistant"
+        slots = _slot_ids(tokenizer, "Layer: 0\n", " ? ? ?")
+        if slots[0] != slots[1]:
+            raise LqaError(f"The tokenizer of {base.name} writes the first slot as another token than the others; it cannot be used so.")
+    layers = list(read_layers) if read_layers else published
+    config = DecoderConfig(
+        base={"name": base.name, "weights": base.weights, "fingerprint": base.fingerprint()},
+        read_layers=sorted(set(layers)),
+        layers_per_reading=1,
+        default_layer=layers[0],
+        write_layer=write if write_layer is None else write_layer,
+        injection=operation.name,
+        injection_constant=operation.constant,
+        conditioning="raw",
+        conditioning_constant=None,
+        slot_token_id=slots if slots[0] != slots[1] else slots[0],
+        prompt=prompt,
+        positions=positions,
+        answer_role=role,
+        lora=lora or {},
+        training={"preset": name},
+    )
+    return config.check()
+
+
+def _latentqa_prompt(tokenizer) -> tuple[Prompt, str]:
+    """The prompt, and the role that answers in it."""
+    user, assistant = {"role": "user", "content": ""}, {"role": "assistant", "content": ""}
+    plain = default_prompt(tokenizer)
+    _, opening, closing, generation = _skeleton(tokenizer, [user, assistant, user], True)
+    role = LATENTQA_ROLE if "assistant" in opening and "assistant" in generation else "assistant"
+    opening, generation = (piece.replace("assistant", role) for piece in (opening, generation))
+    return Prompt(plain.start, "", opening + LATENTQA_ACKNOWLEDGEMENT + closing, "", generation, plain.end), role
+
+
+def _oracle_prompt(tokenizer) -> Prompt:
+    """Whatever the template puts before a first user turn stays, a default system prompt too.  What follows the slots is tokenized together
+    with the question, since ` \\n` merges with nothing at the end of a text."""
+    before, generation = _skeleton(tokenizer, [{"role": "user", "content": ""}], True, enable_thinking=False)
+    return Prompt(before, "Layer: {layer}\n", "", " \n", generation, default_prompt(tokenizer).end)
+
+
+def _slot_ids(tokenizer, before: str, slots: str) -> list[int]:
+    """The ids of the first slot and of the others in `before` + `slots` (three of them).  Raises LqaError unless each slot is one token."""
+    head, ids = _ids(tokenizer, before), _ids(tokenizer, before + slots)
+    if ids[: len(head)] != head or len(ids) != len(head) + 3 or ids[-1] != ids[-2]:
+        raise LqaError(f"This model's tokenizer does not write {slots!r} as one token per slot; the preset cannot be used with it.")
+    return ids[-3:-1]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lqa import engine
-from lqa.activations import capture, gather_spans
-from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span
+from lqa.activations import Passes, capture, gather_spans
+from lqa.calibration import Calibration
+from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span, visible_text
 from lqa.conditioning import Projection, condition, reference
-from lqa.config import DecoderConfig
+from lqa.config import SIDECAR, DecoderConfig, preset_config
 from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base, load_base
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_DECODER = Path(__file__).parent.parent / "decoders" / "smollm2-135m-instruct"
 MAX_NEW_TOKENS = 48
+LEAST = 1e-30  # a token's probability below it is rounding
 
 Questions = str | Sequence[str]
 QA = Sequence[tuple[str, str]]  # questions with answers
@@ -42,12 +46,25 @@ class Grounding:
 
 @dataclass(frozen=True)
 class Answer:
-    """A decoder's answer.  `confidence`: mean probability of its tokens, in [0, 1]; `grounding` is None unless it was asked for."""
+    """A decoder's answer; `grounding` is None unless it was asked for.
+
+    confidence   in [0, 1]: the probability that it is right, by the sidecar's calibration; without one, the mean probability of its tokens
+    cannot_tell  the confidence is below the calibration's threshold: the text is a guess
+    """
 
     question: str
     text: str
     confidence: float
     grounding: Grounding | None = None
+    cannot_tell: bool = False
+
+
+class Said(NamedTuple):
+    """A decoded text; `probability`: mean over its tokens; `logprob`: mean log-probability (nats).  0 and log(LEAST) for no tokens."""
+
+    text: str
+    probability: float
+    logprob: float
 
 
 @dataclass(frozen=True)
@@ -84,62 +101,106 @@ class LatentDecoder:
     def __init__(self, base: Base, config: DecoderConfig, name: str, projection: Projection | None = None):
         config.check().check_base(base)
         self.base, self.config, self.name, self.projection = base, config, name, projection
+        self.calibration = None if config.calibration is None else Calibration.load(config.calibration)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path | None = None, *, base: Base | None = None, revision: str | None = None, device=None, dtype=None
+        cls,
+        source: str | Path | None = None,
+        *,
+        base: Base | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        preset: str | None = None,
+        read_layers: Sequence[int] | None = None,
+        write_layer: int | None = None,
+        device=None,
+        dtype=None,
     ) -> LatentDecoder:
-        """Loads a decoder: the embedded one (None), a folder, or a Hub id.
+        """Loads a decoder: the embedded one (None), a folder, or a Hub id (safetensors and JSON only; from the cache when offline).
 
-        base    the base model, if it is already loaded; else the sidecar's is (float32 on CPU, bfloat16 on GPU)
+        base         the base model, if it is already loaded; else the sidecar's is (float32 on CPU, bfloat16 on GPU)
+        revision     a branch, tag or commit on the Hub (default: main)
+        subfolder    where in the folder or repository the adapter lies
+        preset       for a decoder of another project, which ships no sidecar: latentqa, activation-oracle (lqa.config.preset_config)
+        read_layers, write_layer   in place of the preset's; a subfolder `readN` says by its name that layer N is read
 
-        Raises LqaError if the sidecar is missing or malformed, does not match the base, or the adapter file is damaged.
+        Raises LqaError if it cannot be had, the sidecar is missing or malformed or does not match the base, or the adapter is damaged.
         """
         name = str(source or EMBEDDED_DECODER)
         folder = Path(name)
         if source is None and not folder.is_dir():
             raise LqaError(f"The embedded decoder is not at {folder}; run lqa from a clone of its repository, or name a folder or Hub id.")
         if not folder.is_dir():
-            folder = _download(name, revision)
-        config = DecoderConfig.load(folder)
-        base = base or load_base(config.base["name"], device=device, dtype=dtype)
+            folder = _download(name, revision, subfolder)
+        elif revision is not None:
+            raise LqaError(f"{name} is a folder here and has no revisions; leave the revision {revision!r} out.")
+        folder = folder / (subfolder or "")
+        if preset is None:
+            if read_layers is not None or write_layer is not None:
+                raise LqaError("read_layers and write_layer go with a preset; a sidecar says itself what its decoder reads and writes.")
+            config = DecoderConfig.load(folder)
+            weights = config.base.get("weights", {})
+            pinned = weights.get("revision") if weights.get("repo") == config.base["name"] else None
+            base = base or load_base(config.base["name"], revision=pinned, device=device, dtype=dtype)
+        else:
+            trained, lora = _foreign(folder)
+            if read_layers is None and (named := re.fullmatch(r"read(\d+)", Path(subfolder or "").name)):
+                read_layers = [int(named[1])]
+            base = base or load_base(trained, device=device, dtype=dtype)
+            config = preset_config(preset, base, read_layers, write_layer, lora)
         projected = config.conditioning == "projected"
         decoder = cls(base, config, name, Projection.load(folder, config.read_layers, base.hidden_size) if projected else None)
-        decoder.adapter = base.add_adapter(folder)
+        decoder.adapter, decoder.folder = base.add_adapter(folder), folder
         return decoder
 
     # --- the target --------------------------------------------------------------------------------------------
 
-    def read(self, chat: Chat, span: Span = "all", layer: int | None = None) -> Reading:
+    def read(self, chat: Chat, span: Span = "all", layer: int | None = None, *, passes: Passes | None = None) -> Reading:
         """Runs the target over `chat` up to `layer` (None: the decoder's default) and keeps the activations of `span`.
+
+        passes  where target passes are kept, at all read layers, so that further spans and layers of a chat need none
 
         Inside `with steering.apply()` the target is the steered one.  A steering that was trained as a hidden context is read as one: a
         conditioned decoder compares with the unsteered target.  Any other counts as visible: it is in the reference of hidden turns too.
 
         Raises LqaError for a malformed chat, one longer than the context, a span that selects nothing, or a layer that is not supported.
         """
-        return self._read(chat, span, layer, self.base.steered, self.base.steered_hidden)
+        return self._read(chat, span, layer, self.base.steered, self.base.steered_hidden, passes)
 
     def _read(
-        self, chat: Chat, span: Span, layer: int | None, steered: tuple[tuple[str, float], ...] = (), hidden: bool = False
+        self,
+        chat: Chat,
+        span: Span,
+        layer: int | None,
+        steered: tuple[tuple[str, float], ...] = (),
+        hidden: bool = False,
+        passes: Passes | None = None,
     ) -> Reading:
         layer = self.config.check_layer(layer)
         rendered = self._render(chat)
         indices = resolve_span(span, rendered)
-        activations = self._capture(rendered, indices, layer, steered)
+        activations = self._capture(rendered, indices, layer, steered, passes)
         config = self.config
         found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices, hidden)
-        h0 = self._capture(found.rendered, found.places, layer, () if hidden else steered) if found else None
+        h0 = self._capture(found.rendered, found.places, layer, () if hidden else steered, passes) if found else None
         how = (config.conditioning, config.conditioning_constant, self.projection)
         injected = condition(activations, h0, found and found.which, layer, *how)
         return Reading(self, rendered, tuple(indices), layer, activations, injected, conditioned=found is not None)
 
-    def _capture(self, rendered: Rendered, indices: list[int], layer: int, steered: tuple[tuple[str, float], ...] = ()) -> Tensor:
-        ids = torch.tensor([rendered.ids], device=self.base.device)
+    def _capture(
+        self, rendered: Rendered, indices: list[int], layer: int, steered: tuple[tuple[str, float], ...] = (), passes: Passes | None = None
+    ) -> Tensor:
+        if passes is None or steered:  # what is kept are passes of the unsteered target
+            acts = self._pass(rendered.ids, [layer], steered)
+        else:
+            acts = passes.get(rendered.ids, [layer], lambda: self._pass(rendered.ids, self.config.read_layers))
+        return gather_spans(acts, [indices], [[layer]]).clone()  # outside of inference mode, so that autograd may use it
+
+    def _pass(self, token_ids: list[int], layers: list[int], steered: tuple[tuple[str, float], ...] = ()) -> dict[int, Tensor]:
+        ids = torch.tensor([token_ids], device=self.base.device)
         with self.base.decoding(*steered) as model:
-            acts = capture(model, self.base.blocks, ids, torch.ones_like(ids), [layer])
-            activations = gather_spans(acts, [indices], [[layer]])
-        return activations.clone()  # outside of inference mode, so that autograd may use it
+            return capture(model, self.base.blocks, ids, torch.ones_like(ids), layers)
 
     def generate(self, chat: Chat, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> str:
         """The target's own reply to `chat`; greedy unless a temperature is given."""
@@ -183,17 +244,20 @@ class LatentDecoder:
         """The model as decoder, for one forward pass."""
         return self.base.decoding(self.adapter)
 
-    def prefill_slots(self, layers: list[int], n_slots: int, activations: Tensor | None, count: int = 1) -> engine.Prefix:
-        """The decoder's pass over `count` prompts, their slots patched with `activations` (count * n_slots, D), or not at all."""
+    def prefill_slots(self, layer: int, n_slots: int, activations: Tensor | None, count: int = 1, start: int = 0) -> engine.Prefix:
+        """The decoder's pass over `count` prompts, their slots patched with `activations` (count * n_slots, D), or not at all.
+
+        start   the position of their first token (DecoderConfig.first_position)
+        """
         config = self.config
-        ids, slots = config.prompt.prefix(self.base.tokenizer, config.slot_token_id, n_slots, layers)
+        ids, slots = config.prompt.prefix(self.base.tokenizer, config.slot_token_id, n_slots, [layer])
         if activations is None:
             with self.session() as model:
-                return engine.prefill(model, [ids] * count)
+                return engine.prefill(model, [ids] * count, start)
         mask = torch.tensor([slots] * count, device=self.base.device)
         with self.session() as model, Injection(self.base, config.write_layer, config.operation) as injection:
             with injection.armed(mask, activations):
-                return engine.prefill(model, [ids] * count)
+                return engine.prefill(model, [ids] * count, start)
 
     def _render(self, chat: Chat) -> Rendered:
         rendered = render(self.base.tokenizer, chat)
@@ -218,34 +282,49 @@ class LatentDecoder:
         if text != shown:  # it ended inside a character
             yield text[len(shown) :]
 
-    def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[tuple[str, float]]:
-        """Text and mean token probability of every row of a decode."""
+    def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[Said]:
+        """What every row of a decode says."""
         ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
         for step in steps:
             for row, token, probability in step:
                 ids[row].append(token)
                 probabilities[row].append(probability)
-        return self._texts(ids, probabilities)
+        return self._said(ids, probabilities)
 
-    def grow(self, steps: Iterator[list[engine.Step]], rows: int) -> Iterator[list[tuple[str, float]]]:
-        """`collect` after every step; the last is the whole."""
+    def grow(self, steps: Iterator[list[engine.Step]], rows: int) -> Iterator[list[Said]]:
+        """`collect` after every step; the last is the whole, and may be given twice."""
         ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
         for step in steps:
             for row, token, probability in step:
                 ids[row].append(token)
                 probabilities[row].append(probability)
-            yield [(text.rstrip("\ufffd"), p) for text, p in self._texts(ids, probabilities)]
-        yield self._texts(ids, probabilities)
+            yield self._said(ids, probabilities)
+        yield self._said(ids, probabilities)
 
-    def _texts(self, ids: list[list[int]], probabilities: list[list[float]]) -> list[tuple[str, float]]:
-        texts = self.base.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [(text.strip(), sum(p) / len(p) if p else 0.0) for text, p in zip(texts, probabilities, strict=True)]
+    def _said(self, ids: list[list[int]], probabilities: list[list[float]]) -> list[Said]:
+        found = []
+        for text, p in zip(self.base.tokenizer.batch_decode(ids, skip_special_tokens=True), probabilities, strict=True):
+            n = max(1, len(p))
+            found.append(Said(text.strip(), sum(p) / n, sum(math.log(max(x, LEAST)) for x in p or [0.0]) / n))
+        return found
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from lqa.hub import download_decoder
+def _download(name: str, revision: str | None, subfolder: str | None) -> Path:
+    from lqa.download import DECODER_FILES, download
 
-    return download_decoder(name, revision)
+    return download(name, DECODER_FILES, revision=revision, subfolder=subfolder)
+
+
+def _foreign(folder: Path) -> tuple[str, dict]:
+    """The base and the LoRA summary of an adapter that has no sidecar.  Raises LqaError if it has one, or its config cannot be read."""
+    if (folder / SIDECAR).is_file():
+        raise LqaError(f"{folder} has an {SIDECAR}, which says what the preset would; leave the preset out.")
+    try:
+        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        summary = {k: data[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules") if k in data}
+        return data["base_model_name_or_path"], summary
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LqaError(f"{folder} has no adapter_config.json that names a base model ({error!r}); it is not an adapter.") from error
 
 
 class Reading:
@@ -292,23 +371,31 @@ class Reading:
         Raises LqaError for an empty question or one that does not fit the context.
         """
         questions = _listed(questions)
-        answers = self._decode(questions, ("true",), max_new_tokens, after)
+        said = self._decode(questions, ("true",), max_new_tokens, after)
         references = self.references(questions, after=after, max_new_tokens=max_new_tokens) if grounding else [None] * len(questions)
-        return [Answer(q, *a, g) for q, a, g in zip(questions, answers, references, strict=True)]
+        return self._judged(questions, said, after, references)
 
     def answers(self, questions: Questions, *, after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[list[Answer]]:
-        """`ask` as it goes: the answers so far, after every token; the last are the whole answers."""
-        questions = _listed(questions)
-        steps = self._steps(questions, ("true",), max_new_tokens, after)
-        for so_far in self.decoder.grow(steps, len(questions)):
-            yield [Answer(q, *a) for q, a in zip(questions, so_far, strict=True)]
+        """`ask` as it goes: the answers so far, after every token, with the mean probability of their tokens as confidence; the last
+        are those of `ask`."""
+        questions, said = _listed(questions), []
+        for said in self.decoder.grow(self._steps(questions, ("true",), max_new_tokens, after), len(questions)):
+            yield [Answer(q, s.text.rstrip("\ufffd"), s.probability) for q, s in zip(questions, said, strict=True)]
+        yield self._judged(questions, said, after, [None] * len(questions))
+
+    def _judged(self, questions: list[str], said: list[Said], after: QA, references: list[Grounding | None]) -> list[Answer]:
+        calibration = self.decoder.calibration
+        return [
+            Answer(q, s.text, c, g, calibration is not None and c < calibration.threshold)
+            for q, s, c, g in zip(questions, said, self._confidence(questions, said, after), references, strict=True)
+        ]
 
     def references(self, questions: Questions, *, after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS) -> list[Grounding]:
         """What is answered to each question without these activations; `after` is told to the references too."""
         from lqa.grounding import text_only
 
         questions, n = _listed(questions), len(_listed(questions))
-        texts = [text for text, _ in self._decode(questions, ("none", "shuffled"), max_new_tokens, after)]
+        texts = [said.text for said in self._decode(questions, ("none", "shuffled"), max_new_tokens, after)]
         only = text_only(self, questions, max_new_tokens, after)
         return [Grounding(*r) for r in zip(texts[:n], texts[n:], only, strict=True)]
 
@@ -351,7 +438,23 @@ class Reading:
 
     # --- how -------------------------------------------------------------------------------------------------------
 
-    def _decode(self, questions: list[str], sources: tuple[str, ...], max_new_tokens: int, after: QA = ()) -> list[tuple[str, float]]:
+    def _confidence(self, questions: Sequence[str], said: Sequence[Said], after: QA = ()) -> list[float]:
+        calibration = self.decoder.calibration
+        if calibration is None:
+            return [s.probability for s in said]
+        features = [{"probability": s.probability, "logprob": s.logprob} for s in said]
+        if "grounded" in calibration.weights:
+            tokenizer, prompt = self.decoder.base.tokenizer, self.decoder.config.prompt
+            ids = [prompt.answer(tokenizer, s.text or ".") for s in said]  # nothing cannot be scored
+
+            def score(source: str) -> list[float]:
+                return engine.score(self.decoder.session, self._prefix((source,)), self._rows(questions, (source,), 1, after), ids)
+
+            for entry, own, none in zip(features, score("true"), score("none"), strict=True):
+                entry["grounded"] = own - none
+        return [calibration.confidence(entry) for entry in features]
+
+    def _decode(self, questions: list[str], sources: tuple[str, ...], max_new_tokens: int, after: QA = ()) -> list[Said]:
         return self.decoder.collect(self._steps(questions, sources, max_new_tokens, after), len(sources) * len(questions))
 
     def _steps(self, questions: list[str], sources: tuple[str, ...], max_new_tokens: int, after: QA) -> Iterator[list[engine.Step]]:
@@ -378,7 +481,7 @@ class Reading:
         for text in (text for pair in after for text in pair):
             check_text(tokenizer, text, "An earlier question or answer")
         suffixes = [prompt.question(tokenizer, check_text(tokenizer, q, "The question"), after) for q in questions]
-        room = self.decoder.base.context - len(self._prompt_ids()[0]) - new
+        room = self.decoder.base.context - self._start - len(self._prompt_ids()[0]) - new
         if max(map(len, suffixes)) > room:
             raise LqaError(
                 f"The question with {len(self.span)} activations and {new} new tokens exceeds the model's context of "
@@ -386,9 +489,18 @@ class Reading:
             )
         return [engine.Row(i, suffix) for i in range(len(sources)) for suffix in suffixes]
 
-    def _prompt_ids(self) -> tuple[list[int], list[bool]]:
+    def _prompt_ids(self, text: bool = True) -> tuple[list[int], list[bool]]:
+        """The prompt and which of it are slots; a decoder that reads text has the visible turns there, or nothing, and no slots."""
         config = self.decoder.config
+        if config.reads_text:
+            shown = visible_text(self.rendered, list(self.span)) if text else ""
+            ids = config.prompt.text_prefix(self.decoder.base.tokenizer, shown, [self.layer])
+            return ids, [False] * len(ids)
         return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), [self.layer])
+
+    @property
+    def _start(self) -> int:
+        return self.decoder.config.first_position(self.span)
 
     def _prefix(self, sources: tuple[str, ...]) -> engine.Prefix:
         with self._lock:
@@ -401,8 +513,13 @@ class Reading:
 
     def _prefill(self, source: str) -> engine.Prefix:
         """The decoder's pass over prompt and slots: patched with these activations, with a donor's, or not at all."""
+        if self.decoder.config.reads_text and source == "shuffled":
+            raise LqaError("This decoder reads text, no activations; it has no other chat's to be given.")
+        if self.decoder.config.reads_text:
+            with self.decoder.session() as model:
+                return engine.prefill(model, [self._prompt_ids(text=source != "none")[0]], self._start)
         if source == "none":
-            return self.decoder.prefill_slots([self.layer], len(self.span), None)
+            return self.decoder.prefill_slots(self.layer, len(self.span), None, start=self._start)
         if source == "shuffled":
             from lqa.grounding import donor_activations
 
@@ -411,4 +528,4 @@ class Reading:
             activations = self.injected
         else:
             raise LqaError(f"The source {source!r} is unknown; use true, none or shuffled.")
-        return self.decoder.prefill_slots([self.layer], len(self.span), activations)
+        return self.decoder.prefill_slots(self.layer, len(self.span), activations, start=self._start)

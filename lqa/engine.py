@@ -66,10 +66,11 @@ class RoomyLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class Prefix:
-    """The KV cache of a batch of prefilled prefixes, each of `length` tokens."""
+    """The KV cache of a batch of prefilled prefixes, each of `length` tokens; `start` is the position of the first one."""
 
     cache: DynamicCache
     length: int
+    start: int = 0
 
     def rows(self, which: Sequence[int]) -> Cache:
         """A cache with a copy of prefix w for every w of `which`; this one stays as it is."""
@@ -92,14 +93,19 @@ def join(prefixes: Sequence[Prefix]) -> Prefix:
     cache = DynamicCache()
     for i, layers in enumerate(zip(*(p.cache.layers for p in prefixes), strict=True)):
         cache.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), i)
-    return Prefix(cache, prefixes[0].length)
+    return Prefix(cache, prefixes[0].length, prefixes[0].start)
 
 
-def prefill(model, ids: Sequence[Sequence[int]]) -> Prefix:
-    """Runs prefixes of equal length (P, length).  What the caller has armed (an Injection) acts on this pass and no other."""
+def prefill(model, ids: Sequence[Sequence[int]], start: int = 0) -> Prefix:
+    """Runs prefixes of equal length (P, length), whose first token has the position `start`; what continues them counts on from there.
+
+    What the caller has armed (an Injection) acts on this pass and no other.
+    """
     cache = DynamicCache()  # without the model's config: plain layers, whose rows can be selected and extended at will
-    model(input_ids=torch.tensor(ids, device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Prefix(cache, len(ids[0]))
+    positions = torch.arange(start, start + len(ids[0]), device=model.device).expand(len(ids), -1)
+    inputs = {"input_ids": torch.tensor(ids, device=model.device), "position_ids": positions}
+    model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefix(cache, len(ids[0]), start)
 
 
 def _left_padded(prefix: Prefix, suffixes: Sequence[Sequence[int]], device) -> dict[str, Tensor]:
@@ -108,7 +114,7 @@ def _left_padded(prefix: Prefix, suffixes: Sequence[Sequence[int]], device) -> d
     pads = [longest - len(s) for s in suffixes]
     ids = torch.tensor([[0] * p + list(s) for p, s in zip(pads, suffixes, strict=True)], device=device)
     real = torch.arange(longest, device=device) >= torch.tensor(pads, device=device).unsqueeze(1)
-    positions = prefix.length + (real.cumsum(1) - 1).clamp_min(0)
+    positions = prefix.start + prefix.length + (real.cumsum(1) - 1).clamp_min(0)
     mask = torch.cat([torch.ones(len(pads), prefix.length, dtype=torch.bool, device=device), real], 1)
     return {"input_ids": ids, "position_ids": positions, "attention_mask": mask.long()}
 
@@ -116,8 +122,9 @@ def _left_padded(prefix: Prefix, suffixes: Sequence[Sequence[int]], device) -> d
 def _logits(model, inputs: dict[str, Tensor], cache: Cache, keep: int) -> Tensor:
     """The last `keep` logits (R, keep, V) of rows as `_left_padded` gives them."""
     if window(model.config) is not None:  # counted in columns of the cache, it would be shortened by the padding
-        mask, positions = inputs["attention_mask"], inputs["position_ids"]
-        distance = positions.unsqueeze(2) - (mask.cumsum(1) - 1).unsqueeze(1)
+        mask = inputs["attention_mask"]
+        places = mask.cumsum(1) - 1  # positions, counted from the prefix's first token
+        distance = places[:, -inputs["input_ids"].shape[1] :].unsqueeze(2) - places.unsqueeze(1)
         inputs = inputs | {"attention_mask": layer_masks(model.config, mask.bool().unsqueeze(1) & (distance >= 0), distance, model.dtype)}
     return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits.float()
 
@@ -161,6 +168,14 @@ def decode(
             return
 
 
+def _extended(session: Callable, prefix: Prefix, row: Row) -> Prefix:
+    """The prefix of a row with its suffix behind it, but for the suffix's last token, whose logits are still wanted."""
+    with session() as model:
+        cache = prefix.rows([row.prefix])
+        _logits(model, _left_padded(prefix, [row.suffix[:-1]], model.device), cache, 1)
+    return Prefix(cache, prefix.length + len(row.suffix) - 1, prefix.start)
+
+
 def score(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[float]:
     """The mean log-probability per token, in nats, of each answer (its end included) behind its row's prefix and suffix."""
     return [sum(tokens) / len(tokens) for tokens in token_logprobs(session, prefix, rows, answers)]
@@ -170,6 +185,8 @@ def token_logprobs(session: Callable, prefix: Prefix, rows: Sequence[Row], answe
     """The log-probability, in nats, of every token of each answer behind its row's prefix and suffix."""
     if len(rows) != len(answers) or not all(answers):
         raise LqaError("Every row needs one answer with at least one token.")
+    if len(rows) > 1 and len(rows[0].suffix) > 1 and all(row == rows[0] for row in rows):  # one question: run once, not for every answer
+        prefix, rows = _extended(session, prefix, rows[0]), [Row(0, rows[0].suffix[-1:])] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].suffix) + len(answers[i]))
     scores: list[list[float]] = [[] for _ in rows]
     while order:

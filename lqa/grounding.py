@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lqa import engine
-from lqa.chat import render
+from lqa.chat import render, visible_text
 from lqa.decoder import Reading
 from lqa.errors import LqaError
 
@@ -46,9 +46,9 @@ def donor_activations(reading: Reading, donor: Reading | None = None) -> Tensor:
 
 def text_only_chat(reading: Reading, question: str, after: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
     """What the bare model is told instead of activations: the turns that the span touches, as text, and the question (`after` others)."""
-    visible = [f"{role.capitalize()}: {content}" for i, (role, content) in enumerate(reading.rendered.chat) if i not in reading.hidden]
+    visible = visible_text(reading.rendered, list(reading.span))
     first, *others = [*(q for q, _ in after), question]
-    asked = [TEXT_ONLY.format(visible="\n".join(visible) or "(nothing is visible)", question=first), *others]
+    asked = [TEXT_ONLY.format(visible=visible, question=first), *others]
     turns = [text for q, (_, a) in zip(asked, after, strict=False) for text in (q, a)] + asked[-1:]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
@@ -64,7 +64,7 @@ def text_only(reading: Reading, questions: Sequence[str], max_new_tokens: int, a
     rows = [engine.Row(0, suffix) for suffix in suffixes]
     stop = decoder.config.prompt.stop_ids(decoder.base.tokenizer)
     steps = engine.decode(decoder.base.decoding, prefix, rows, max_new_tokens, stop)
-    return [text for text, _ in decoder.collect(steps, len(rows))]
+    return [said.text for said in decoder.collect(steps, len(rows))]
 
 
 def text_only_scores(reading: Reading, question: str, answers: Sequence[str]) -> list[float]:

@@ -103,6 +103,11 @@ class Injection:
     def disarm(self) -> None:
         self._values = None
 
+    @property
+    def fired(self) -> int:
+        """How often it has run since it was armed."""
+        return self._fired
+
     def check_fired(self) -> None:
         if not self._fired:
             raise LqaError("The injection did not run: the decoder's forward pass never went through the write layer.")

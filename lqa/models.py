@@ -23,6 +23,7 @@ from torch import nn
 
 from lqa.activations import Capture
 from lqa.chat import ensure_template
+from lqa.download import PICKLE, explain
 from lqa.errors import LqaError
 
 EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the id that sidecars and cards name
@@ -126,16 +127,22 @@ class Base:
 
         self._tuners = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
 
+    def tuners(self, adapter: str) -> list:
+        """The LoRA layers of an adapter."""
+        return [m for m in self._tuners if adapter in getattr(m, "lora_A", ())]
+
     def add_adapter(self, folder: str | Path) -> str:
         """Loads a LoRA from `folder` (safetensors only) and returns its name; it is switched off until `using(name)`.
 
         Raises LqaError if the file is absent, truncated, not finite, or made for other shapes.
         """
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = Path(folder, "adapter_model.safetensors")
+        if Path(folder, PICKLE).exists():
+            raise LqaError(f"{folder} holds a pickle ({PICKLE}), which may run code; delete it, only safetensors are loaded.")
         if not path.is_file() or not Path(folder, "adapter_config.json").is_file():
             raise LqaError(f"{folder} lacks adapter_model.safetensors or adapter_config.json; it is not a complete adapter.")
         try:
@@ -152,8 +159,12 @@ class Base:
                     self._peft = PeftModel.from_pretrained(self.model, folder, adapter_name=name, torch_device=str(self.device))
                 else:
                     self._peft.load_adapter(folder, adapter_name=name, torch_device=str(self.device))
+                # PEFT leaves out, with a warning at most, what it finds no place for and what the file lacks.
+                if odd := set(tensors) ^ set(get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)):
+                    raise ValueError(f"{len(odd)} tensors are in one and not in the other, {min(odd)} for one.")
             except (RuntimeError, ValueError, TypeError, KeyError) as error:
-                raise LqaError(f"The adapter in {folder} does not fit {self.name}: {str(error).splitlines()[0]}") from error
+                reason = " ".join(str(error).split("\n", 2)[:2])  # the first of them; torch heads its list with a line that says nothing
+                raise LqaError(f"The adapter in {folder} does not fit {self.name}: {' '.join(reason.split())}") from error
             finally:  # also where half of it went in
                 self._settle()
         return name
@@ -379,8 +390,10 @@ def load_base(source: str | os.PathLike | None = None, *, revision: str | None =
     else:
         name, weights = str(source), {"repo": str(source)} | ({"revision": revision} if revision else {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+        # Without an explicit no, transformers asks on the terminal whether a repository's code may run.
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise LqaError(f"The base model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason = None if Path(source).is_dir() else explain(error, f"base model {name!r}", name, revision)
+        raise LqaError(reason or f"The base model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return Base(model.to(device), tokenizer, name, weights)

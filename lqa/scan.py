@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lqa import engine
+from lqa.activations import Passes
 from lqa.chat import Chat, Span, check_text, render, resolve_span
 from lqa.decoder import LatentDecoder, evidence
 from lqa.errors import LqaError
@@ -55,13 +56,21 @@ def scan(
         sums = [sum(tokens) for tokens in engine.token_logprobs(decoder.session, prefix, rows, ids * n)]
         return [sums[i : i + len(ids)] for i in range(0, len(sums), len(ids))]
 
+    if decoder.config.reads_text:
+        raise LqaError("This decoder reads text, no activations; there is nothing in a token to scan.")
+    shifted = decoder.config.positions != "sequential"  # then prompts of different tokens have different positions
+    batch = 1 if shifted else batch
+    passes = Passes()
     for layer in layers:
-        (none,) = totals(decoder.prefill_slots([layer], 1, None), 1)
+        none = None
         for tokens in turns.values():
-            injected = decoder.read(chat, tokens, layer).injected
+            injected = decoder.read(chat, tokens, layer, passes=passes).injected
             for at in range(0, len(tokens), batch):
                 part = tokens[at : at + batch]
-                true = totals(decoder.prefill_slots([layer], 1, injected[at : at + batch], len(part)), len(part))
+                start = decoder.config.first_position(part)
+                if shifted or none is None:
+                    (none,) = totals(decoder.prefill_slots(layer, 1, None, start=start), 1)
+                true = totals(decoder.prefill_slots(layer, 1, injected[at : at + batch], len(part), start), len(part))
                 yield [
                     Cell(layer, i, tuple(evidence([t - n for t, n in zip(row, none, strict=True)])))
                     for i, row in zip(part, true, strict=True)

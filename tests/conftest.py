@@ -1,8 +1,15 @@
 """Shared by all tests: an offline environment, and tiny random models of every family with tokenizers and templates of their own kind."""
 
 import os
+import socket
+
+with socket.socket() as free:  # a port for the Hub of the tests; to no other does any client here ever speak
+    free.bind(("127.0.0.1", 0))
+    HUB_PORT = free.getsockname()[1]
 
 os.environ |= {
+    "HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}",  # read when the client is imported
+    "HF_HUB_DISABLE_XET": "1",  # plain HTTP for large files, as that Hub serves them
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -344,3 +351,16 @@ def make_trainer(base, config, out, rows, evaluation=None, cache=None, dropout=0
 def trainer_for():
     """trainer_for(base, config, out, rows, evaluation=None, cache=None, **SFTConfig): a trainer of a rank 4 LoRA, on CPU."""
     return make_trainer
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback for the client of this process: online, logged in as `me`, with an empty cache."""
+    from hub_server import HubServer
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    with HubServer(HUB_PORT) as server:
+        yield server

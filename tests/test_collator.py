@@ -1,5 +1,7 @@
 """Batches: rows of a prefix and its branches, by small exact cases and against separate plain rows."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -50,6 +52,14 @@ def test_a_row_is_prefix_then_a_branch_per_question_whose_positions_start_anew(l
     assert row["slots"] == slots + [False] * sum(lengths) and sum(row["slots"]) == len(span)
     for _, answer in branches:  # the end of the turn is learned too
         assert answer[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+
+
+def test_shifted_positions_start_at_what_is_hidden_before_the_span(llama):
+    base, collator = llama
+    plain, [(_, span)] = collator.row(row_of())
+    config = dataclasses.replace(collator.config, positions="shifted")
+    shifted, _ = LatentQACollator(base.tokenizer, config, base.context).row(row_of())
+    assert span[0] > 1 and shifted == plain | {"position_ids": [p + span[0] - 1 for p in plain["position_ids"]]}
 
 
 def test_an_unpatched_row_has_its_slots_as_tokens_but_nothing_is_written_there(llama):
@@ -238,3 +248,17 @@ def test_another_chat_span_layer_or_model_is_another_file(tmp_path):
     ]
     assert len(set(paths)) == 8 and cache.path([1, 2], [1], [0]) == paths[0]
     assert cache.load(paths[0]) is None
+
+
+def test_a_decoder_of_visible_text_gets_the_turns_as_text_and_no_slots(tiny, config_for, examples):
+    base = tiny("smol")
+    config = config_for(base, injection="visible_text", injection_constant=None)
+    collator = LatentQACollator(base.tokenizer, config, base.context)
+    rows = examples(4, span="turn:-1")
+    batch = collator(rows)
+    assert not batch["slots"].any() and "read_ids" not in batch
+    patched, unpatched = (base.tokenizer.decode(collator.row(rows[i])[0]["input_ids"]) for i in (2, 3))
+    assert "User: What of 2?\n" in patched and "Speak like" not in patched and "What of" not in unpatched
+    plain = LatentQACollator(base.tokenizer, config_for(base), base.context)
+    same = [[t for t in collator_.row(rows[0])[0]["labels"] if t != IGNORE] for collator_ in (collator, plain)]
+    assert same[0] == same[1]  # the same answers are learnt

@@ -304,7 +304,7 @@ def test_from_pretrained_refuses_what_does_not_fit(tiny, decoder_folder, tmp_pat
     assert load(folder).read(CHAT, "user").ask("Who?", max_new_tokens=2)
     with pytest.raises(LqaError, match="neither a folder here nor a Hub id"):
         load(tmp_path / "not" / "there" / "at all")
-    with pytest.raises(LqaError, match="cannot be had from the Hub"):
+    with pytest.raises(LqaError, match="not in the cache, and the Hub cannot be reached"):
         load("nobody/nothing")
 
 

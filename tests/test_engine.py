@@ -124,6 +124,19 @@ def test_scores_are_those_of_a_plain_forward_pass(base, answers):
     assert got == pytest.approx([plain_score(base, row, answer) for row, answer in zip(ROWS, answers, strict=True)], abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gptoss"])
+def test_the_answers_to_one_question_share_its_pass(name, tiny):
+    base = tiny(name) if name in ("llama", "qwen3") else tiny(name, sliding_window=4)
+    answers, passes = [[11], [12, 13], [14, 15, 16, 17]], []
+    with torch.inference_mode():
+        prefix = prefill(base.model, PREFIXES)
+    handle = base.model.register_forward_pre_hook(lambda m, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    got = score(session_of(base), prefix, [Row(1, [61, 62, 63])] * 3, answers)
+    handle.remove()
+    assert passes == [(1, 2), (3, 5)]  # the question but its last token, then that and the answers
+    assert got == pytest.approx([plain_score(base, Row(1, [61, 62, 63]), answer) for answer in answers], abs=1e-4)
+
+
 def test_scores_do_not_depend_on_how_the_rows_are_cut_into_passes(tiny, monkeypatch):
     base = tiny("llama")
     answers = [[11], [12, 13], [14, 15, 16, 17], [18], [19, 20, 21]]

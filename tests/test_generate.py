@@ -25,9 +25,9 @@ import yaml
 from lqa.cli import main
 from lqa.corpus import generate, load_controls
 from lqa.corpus.generate import Fault, assemble, partnered, read_expansion, read_probe, read_reply, read_seed, read_verdict, shares, spent
-from lqa.corpus.journal import RESERVE, Journal
 from lqa.corpus.schema import check, parse_control, read_controls
 from lqa.errors import LqaError
+from lqa.journal import RESERVE, Journal
 
 KEY = "sk-only-for-this-test"
 STIMULI = ["What is a good way to learn cooking?", "Tell me how a fridge works, please."]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -13,12 +14,13 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import train.trainer
-from lqa import LatentDecoder
+from lqa import LatentDecoder, corpus
 from lqa.conditioning import Projection
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
 from train.decoder import TrainConfig, build_trainer, load_config, main
 from train.export import export
+from train.projection import ProjectionConfig, fit_projection
 
 
 def losses(trainer):
@@ -273,7 +275,8 @@ lora: {r: 2, lora_alpha: 4}
 validation_readings: 2
 mixture: {qa_per_reading: 2}
 training_args: {output_dir: OUT, max_steps: 2, per_device_train_batch_size: 2, learning_rate: 1.0e-2, logging_steps: 1, report_to: none,
-                save_steps: 1, use_cpu: true, disable_tqdm: true, eval_strategy: steps, eval_steps: 2}
+                save_steps: 1, use_cpu: true, disable_tqdm: true, eval_strategy: steps, eval_steps: 2,
+                train_sampling_strategy: group_by_length}
 """
 
 
@@ -314,6 +317,34 @@ def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     export(out, out.parent / "decoder")
     decoder = LatentDecoder.from_pretrained(out.parent / "decoder", base=tiny("llama", max_position_embeddings=4096))
     assert torch.allclose(decoder.projection.maps[1][0], maps.maps[1][0], rtol=2e-3, atol=1e-4)
+
+
+def test_visible_text_trains_a_reference_of_the_same_budget(entry, capsys, tiny):
+    """text_only_trained: the same LoRA, steps and data; nothing is fitted, read or injected, whatever the config says of that."""
+    path, out = entry
+    assert main(["--config", str(path), "conditioning=projected", "visible_text=true"]) == 0
+    assert "Fitting" not in capsys.readouterr().err and not (out / "projection.safetensors").exists()
+    config = DecoderConfig.load(out)
+    assert (config.injection, config.conditioning, config.training["steps"], config.lora["r"]) == ("visible_text", "raw", 2, 2)
+    reader = LatentDecoder.from_pretrained(out, base=tiny("llama", max_position_embeddings=4096))
+    chats = [[{"role": "system", "content": f"Be a {who}."}, {"role": "user", "content": "Hello!"}] for who in ("pirate", "cook")]
+    scores = [reader.read(chat, "user").logprobs("Who is it?", ["A pirate."]) for chat in chats]
+    assert scores[0] == scores[1] and scores[0][0] < 0
+
+
+def test_shuffled_activations_are_those_of_another_control_and_the_questions_stay(entry):
+    path, _ = entry
+    rows = [
+        build_trainer(load_config(path, [f"mixture.shuffled_activations={value}", "training_args.max_steps=8"])).train_dataset
+        for value in ("false", "true")
+    ]
+    from lqa.corpus import load_controls
+
+    text = {c.id: c.control for c in load_controls("train")}
+    for own, fake in zip(*rows, strict=True):
+        assert text[own["id"]] == own["chat"][0]["content"] and text[fake["id"]] != fake["chat"][0]["content"]
+        for key in ("id", "layers", "qa", "patched"):
+            assert own[key] == fake[key]
 
 
 @pytest.mark.parametrize(
@@ -375,3 +406,14 @@ def test_the_seed_decides_everything(entry):
         return losses(trainer)
 
     assert first_losses() == first_losses() != first_losses("training_args.seed=1")
+
+
+def test_a_fake_s_projection_predicts_strangers(tiny, config_for):
+    base = tiny("llama", max_position_embeddings=4096)
+    config = replace(config_for(base), conditioning="projected")
+    controls = corpus.load_controls("train")[:60]
+    maps = [fit_projection(base, config, controls, ProjectionConfig(messages=1), 0, shuffled).maps for shuffled in (False, True)]
+    for k in config.read_layers:
+        (weight, _), (other, other_bias) = maps[0][k], maps[1][k]
+        assert weight.shape == other.shape and not torch.allclose(weight, other, atol=1e-3)
+        assert torch.isfinite(other).all() and torch.isfinite(other_bias).all()

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lqa.chat import render, resolve_span
+from lqa.chat import render, resolve_span, visible_text
 from lqa.conditioning import reference
 from lqa.config import IGNORE, DecoderConfig
 from lqa.errors import LqaError
@@ -75,16 +75,20 @@ class LatentQACollator:
 
     def row(self, example: dict) -> tuple[dict[str, list], list[tuple[list[int], list[int]]]]:
         """One example as lists: the decoder's row, and the target passes it needs: the reading (ids, span), and its reference if any
-        (ids, places, which of the span these are)."""
+        (ids, places, which of the span these are); none for a decoder that reads text."""
         rendered = render(self.tokenizer, example["chat"])
         span = resolve_span(example["span"], rendered)
         prompt = self.config.prompt
         pairs = [(pair["question"], pair["answer"]) for pair in example["qa"]]
-        row = prompt.row(self.tokenizer, self.config.slot_token_id, len(span), example["layers"], pairs)
+        text = None
+        if self.config.reads_text:  # nothing to inject: the visible turns themselves, or nothing where a slot would not be patched
+            text = visible_text(rendered, span) if example["patched"] else ""
+        first = self.config.first_position(span)
+        row = prompt.row(self.tokenizer, self.config.slot_token_id, len(span), example["layers"], pairs, first, text)
         row["slots"] = [s and example["patched"] for s in row["slots"]]
         if max(len(rendered), max(row["position_ids"]) + 1) > self.context:
             raise LqaError(f"The example {example['id']!r} is longer than the model's context of {self.context} tokens; shorten it.")
-        passes = [(rendered.ids, span)]
+        passes = [] if self.config.reads_text else [(rendered.ids, span)]
         if self.config.conditioning != "raw":
             found = reference(self.tokenizer, rendered, span)
             passes += [(found.rendered.ids, found.places, found.which)] if found else []
@@ -95,7 +99,7 @@ class LatentQACollator:
         for example in examples:
             row, passes = self.row(example)
             rows.append(row)
-            if example["patched"]:
+            if passes and example["patched"]:
                 reads.append((passes, example["layers"]))
         padding = {"input_ids": self.pad_id, "position_ids": 0, "branch": PAD, "labels": IGNORE, "slots": False}
         batch: dict[str, object] = {key: _pad([row[key] for row in rows], value) for key, value in padding.items()}

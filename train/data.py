@@ -40,6 +40,7 @@ class MixtureConfig:
     qa_per_reading: int = 2  # branches: questions answered from one reading in one pass
     specific: float = 0.4  # share of the pairs after the first whose question is asked of one control only, so that it tells much itself
     default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers
+    shuffled_activations: bool = False  # a fake: what is read is the chat of another example
 
 
 def _pick(rng: random.Random, shares: dict[str, float]) -> str:
@@ -71,21 +72,30 @@ def build_examples(
     Raises LqaError for a mixture that cannot be had.
     """
     rng = random.Random(seed)
-    # Every source draws from its own stream: another share of one does not change the items of the others.
-    streams = {
-        name: _readings(controls, mixture, random.Random(f"{seed}/{name}"))
-        if name == "latentqa"
-        else _published(name, mixture, target, random.Random(f"{seed}/{name}"))
-        for name, share in mixture.sources.items()
-        if share > 0
-    }
+
+    def streams(of: str) -> dict[str, Iterator[dict]]:
+        # Every source draws from its own stream: another share of one does not change the items of the others.
+        return {
+            name: _readings(controls, mixture, random.Random(f"{of}/{name}"))
+            if name == "latentqa"
+            else _published(name, mixture, target, random.Random(f"{of}/{name}"))
+            for name, share in mixture.sources.items()
+            if share > 0
+        }
+
+    own, strangers = streams(f"{seed}"), streams(f"{seed}/strangers")
+    if mixture.shuffled_activations and len(controls) < 2:
+        raise LqaError("mixture.shuffled_activations needs at least two controls.")
     others = [k for k in read_layers if k != default_layer]
     rows = []
     for _ in range(n):
-        row = next(streams[_pick(rng, mixture.sources)])
+        source = _pick(rng, mixture.sources)
+        row = next(own[source])
+        if mixture.shuffled_activations:
+            other = next(other for other in strangers[source] if other["id"] != row["id"])
+            row |= {key: other[key] for key in ("form", "chat", "span")}
         layer = default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)
-        length = _visible(row) + sum(len(pair["question"]) + len(pair["answer"]) for pair in row["qa"])
-        rows.append(row | {"layers": [layer], "patched": rng.random() >= mixture.none, "length": length})
+        rows.append(row | {"layers": [layer], "patched": rng.random() >= mixture.none, "length": _length(row)})
     return Dataset.from_list(rows)
 
 
@@ -139,19 +149,21 @@ def _published(name: str, mixture: MixtureConfig, target: str, rng: random.Rando
             yield {"id": row["id"], "form": name, "chat": row["chat"], "span": row["span"], "qa": qa}
 
 
-def _visible(row: dict) -> int:
-    """About how many characters the span of an example covers."""
+def _length(row: dict) -> int:
+    """About how long the decoder's row is: what the span covers, and the questions and answers, in characters."""
     lengths = [len(m["content"]) for m in row["chat"]]
     match row["span"].split(":"):
         case ["turn", turn]:
-            return lengths[int(turn)]
+            visible = lengths[int(turn)]
         case ["from", turn]:
-            return sum(lengths[int(turn) :])
+            visible = sum(lengths[int(turn) :])
         case ["last", n]:
-            return 4 * int(n)
+            visible = 4 * int(n)
         case [first, end]:
-            return 4 * (int(end) - int(first))
-    return sum(lengths)
+            visible = 4 * (int(end) - int(first))
+        case _:
+            visible = sum(lengths)
+    return visible + sum(len(pair["question"]) + len(pair["answer"]) for pair in row["qa"])
 
 
 def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConfig, layer: int, seed: int) -> dict[str, Dataset]:
@@ -168,6 +180,7 @@ def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConf
         message = rng.choice(messages)
         row = {"id": control.id, "form": "system", "span": "turn:-1", "layers": [layer], "patched": True}
         row["qa"] = question_pairs(control, mixture.qa_per_reading, mixture.specific, rng)
-        true.append(row | {"chat": control_chat(control, "system", message)})
-        shuffled.append(row | {"chat": control_chat(donor, "system", message)})
+        for rows, read in ((true, control), (shuffled, donor)):
+            row["chat"] = control_chat(read, "system", message)
+            rows.append(row | {"length": _length(row)})
     return {"true": Dataset.from_list(true), "shuffled": Dataset.from_list(shuffled)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
@@ -32,6 +32,7 @@ class TrainConfig:
     conditioning: str = "raw"  # what is done to activations first: raw, contrast, amplified, projected (lqa.conditioning)
     conditioning_constant: float | None = None
     projection: dict = field(default_factory=dict)  # train.projection.ProjectionConfig; for "projected"
+    visible_text: bool = False  # the reference text_only_trained: the visible turns as text in place of the slots, nothing injected
     slot_token: str = " ?"  # its first token marks the slots
     mixture: dict = field(default_factory=dict)  # train.data.MixtureConfig
     lora: dict = field(default_factory=dict)
@@ -97,7 +98,7 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
     from trl import SFTConfig
 
     from lqa import corpus
-    from lqa.config import DecoderConfig, default_prompt
+    from lqa.config import VISIBLE_TEXT, DecoderConfig, default_prompt
     from lqa.corpus.readings import FORMS
     from lqa.models import load_base
     from lqa.provenance import code_version
@@ -106,6 +107,9 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
     from train.projection import ProjectionConfig
     from train.trainer import LatentQATrainer
 
+    if config.visible_text:
+        unused = {"injection": VISIBLE_TEXT, "injection_constant": None, "conditioning": "raw", "conditioning_constant": None}
+        config = replace(config, **unused)
     cuda = torch.cuda.is_available()
     defaults = {"bf16": cuda, "use_cpu": not cuda, "gradient_checkpointing": False, "disable_tqdm": None}
     try:
@@ -200,7 +204,7 @@ def _projection(base, sidecar, controls, fitting, args, config: TrainConfig):
             return Projection.load(folder, sidecar.read_layers, base.hidden_size)
     print(f"Fitting the projection on {len(controls)} controls.", file=sys.stderr)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):
-        return fit_projection(base, sidecar, controls, fitting, args.seed)
+        return fit_projection(base, sidecar, controls, fitting, args.seed, config.mixture.get("shuffled_activations", False))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """From a training run to a decoder folder:  python -m train.export RUN OUT [--results DIR]
 
 Writes the adapter in 16 bit, the sidecar, the training log, the loss plot and the card.  With `--results`, a folder that
-`python -m lqa eval identify` wrote, the figures go into sidecar and card; repeat the command after an evaluation to update them.
+`python -m lqa eval` wrote, its figures go into sidecar and card; `python -m lqa eval tables DIR --decoder OUT` does that alone.
 """
 
 from __future__ import annotations
@@ -10,30 +10,15 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from lqa.cards import LOSS_PLOT, TRAINING_LOG, with_results, write_decoder_card
 from lqa.conditioning import PROJECTION, Projection
 from lqa.config import DecoderConfig
 from lqa.errors import LqaError
-from lqa.hub import LOSS_PLOT, TRAINING_LOG, write_decoder_card
-
-
-def identify_metrics(results: Path) -> dict:
-    """What the card says of `identify`, from its results folder."""
-    from lqa.evals.runner import ROWS
-
-    data = json.loads((results / "identify.json").read_text(encoding="utf-8"))
-    rows = [
-        {"message": part, "source": ROWS[name], **{k: numbers[k] for k in ("accuracy", "low", "high", "n")}}
-        for part in ("fixed", "own")
-        for name, numbers in data[part]["table"].items()
-    ]
-    about = data["provenance"]
-    return {"m": data["fixed"]["m"], "rows": rows, "data": about["data"], "items": about["items"], "command": about["command"]}
 
 
 def plot_losses(log: list[dict], path: Path) -> None:
@@ -74,7 +59,7 @@ def export(run: Path, out: Path, results: Path | None = None) -> None:
         width = next(iter(load_file(run / PROJECTION).values())).shape[0]
         Projection.load(run, config.read_layers, width).save(out, torch.float16)
     if results is not None:
-        config = replace(config, metrics=config.metrics | {"identify": identify_metrics(results)})
+        config = with_results(config, results)
     config.save(out)
     log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
     lines = ",\n".join(" " + json.dumps({k: v for k, v in entry.items() if not k.endswith(("runtime", "per_second"))}) for entry in log)
@@ -87,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.export", description="Make a decoder folder from a training run.")
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--results", type=Path, help="a folder that `python -m lqa eval identify` wrote")
+    parser.add_argument("--results", type=Path, help="a folder that `python -m lqa eval` wrote")
     options = parser.parse_args(argv)
     try:
         export(options.run, options.out, options.results)

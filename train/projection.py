@@ -34,8 +34,13 @@ class ProjectionConfig:
     scale: float = 6.0  # by how much a prediction is stretched from the mean: ridge regression shrinks it
 
 
-def fit_projection(base: Base, config: DecoderConfig, controls: tuple[Control, ...], how: ProjectionConfig, seed: int) -> Projection:
-    """The maps of `config.read_layers` for `controls`; the same arguments give the same maps.  Raises LqaError for too little data."""
+def fit_projection(
+    base: Base, config: DecoderConfig, controls: tuple[Control, ...], how: ProjectionConfig, seed: int, shuffled: bool = False
+) -> Projection:
+    """The maps of `config.read_layers` for `controls`; the same arguments give the same maps.  Raises LqaError for too little data.
+
+    shuffled   every control's readings are to predict the text of one far from it: the maps of a fake (mixture.shuffled_activations)
+    """
     rng = random.Random(seed)
     messages = load_messages("train")
     readings = []  # (ids, span, ids of the reference, its span, control)
@@ -48,6 +53,8 @@ def fit_projection(base: Base, config: DecoderConfig, controls: tuple[Control, .
     if sum(len(span) for _, span, *_ in readings) <= base.hidden_size:
         raise LqaError(f"{len(controls)} controls are too few to fit a projection of width {base.hidden_size}.")
     wanted = _write_layer_means(base, config, controls)
+    if shuffled:
+        wanted = wanted.roll(len(wanted) // 2, 0)  # far off: neighbours in the corpus are alike
     centre = wanted.mean(0)
     d = base.hidden_size
     sums = {k: [torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), 0]

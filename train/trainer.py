@@ -6,7 +6,7 @@ and a loss with logits at answer positions only.  Everything else (schedules, re
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 
 from lqa.activations import capture, gather_spans
+from lqa.cards import CARDS
 from lqa.conditioning import PROJECTION, Projection, condition
 from lqa.config import IGNORE, SIDECAR, DecoderConfig
 from lqa.errors import LqaError
-from lqa.hub import CARDS
 from lqa.injection import Injection
 from lqa.masks import block_mask
 from lqa.models import Base
@@ -65,7 +65,7 @@ class LatentQATrainer(SFTTrainer):
         base.find_adapters()
         for adapter in self.model.peft_config.values():  # PEFT has written the folder that the base was loaded from
             adapter.base_model_name_or_path = base.name
-        self._injection = Injection(base, config.write_layer, config.operation)
+        self._injection = nullcontext() if config.reads_text else Injection(base, config.write_layer, config.operation)
         self._pairs = sum(map(len, self.train_dataset["qa"])) if self.train_dataset is not None else 0
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class LatentQATrainer(SFTTrainer):
 
     def create_model_card(self, *_, folder: str | Path | None = None, **__) -> None:
         """Our card (hub_cards/decoder.md) in place of TRL's generic one."""
-        from lqa.hub import write_decoder_card
+        from lqa.cards import write_decoder_card
 
         if self.accelerator.is_main_process:
             folder = Path(folder or self.args.output_dir)

@@ -221,16 +221,14 @@ def _front_matter(described: list[tuple]) -> str:
 
 
 def _card(info: str, configs: dict, controls: Sequence[Control], messages: Sequence[str]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    from lqa.hub import CARDS
+    from lqa.cards import render_card
 
     readings = configs["latentqa"]
     rows = [row for part in readings.values() for row in part]
     models = sorted({row["model"] for row in rows if row["model"]})
     examples = [next(row for row in rows if row["form"] == form and row["kind"] == kind) for form, kind in _EXAMPLES]
-    template = Environment(loader=FileSystemLoader(CARDS), undefined=StrictUndefined, keep_trailing_newline=True).get_template("dataset.md")
-    return template.render(
+    return render_card(
+        "dataset.md",
         front_matter=info.rstrip(),
         revision=corpus.revision(),
         plot=PLOT,

@@ -31,9 +31,9 @@ from string import Template
 import yaml
 
 from lqa.corpus import HERE, schema
-from lqa.corpus.journal import Journal, write_whole
 from lqa.corpus.schema import Control, content_words, parse_control, problems, read_controls
 from lqa.errors import LqaError
+from lqa.journal import Journal, write_whole
 
 SET = 4  # near-neighbours that one seed call invents
 FEWEST = 3  # of them must pass, so that each has two contrast partners

@@ -1,97 +1,184 @@
-"""Runs suites and writes a results folder: one JSON a suite, with provenance, and a README.md with the tables."""
+"""Runs suites and writes a results folder (lqa.evals.report says what is in it).
+
+While it runs, finished work stands in OUT/journal.jsonl; killed and started again, the same command goes on there and gives the numbers
+of an unbroken run.  When all suites are done the journal is removed: SUITE.json then holds every item.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
-import random
-import sys
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lqa import corpus
+from lqa.activations import Passes
+from lqa.conditioning import PROJECTION
+from lqa.config import SIDECAR
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
-from lqa.evals import data
-from lqa.evals.identify import FIXED_MESSAGE, identify
+from lqa.evals import data, report
+from lqa.evals.suite import Job
+from lqa.journal import Journal, write_whole
 from lqa.provenance import code_version
 
-SUITES = ("identify",)
-ROWS = {
-    "ours": "the decoder",
-    "none": "none (slots not patched)",
-    "shuffled": "shuffled (the next reading's activations)",
-    "text_only": "text_only (bare model, visible text)",
-}
+SUITES = ("identify", "open", "system-prompts", "relations", "sensitivity", "calibration")
 
 
-def run(suites: Sequence[str], out: str | Path, *, folder: str | None, decoder_source: str | None, limit: int | None) -> dict[str, dict]:
-    """Runs `suites` on a decoder and writes `out`.  `folder`: outside data, None for the package's own test split.
+def suite_module(name: str):
+    """The module of a suite: `run(job) -> Result`, and `check(folder)` where data can be found wanting before anything is computed."""
+    if name not in SUITES:
+        raise LqaError(f"The suite {name!r} is unknown; the suites are {', '.join(SUITES)}.")
+    path = f"lqa.evals.{name.replace('-', '_')}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name == path:
+            raise LqaError(f"The suite {name!r} is not part of this version of lqa.") from error
+        if error.name is None or error.name.split(".")[0] == "lqa":
+            raise
+        raise LqaError(f"The suite {name!r} needs the package {error.name}; run `pip install 'lqa[train]'`.") from error
 
-    Raises LqaError for an unknown suite, missing data, or a limit below 1; nothing is computed before all of that is checked.
+
+def decoder_digest(decoder: LatentDecoder) -> str:
+    """A sha256 of what decides a decoder's answers: the adapter, the projection, the sidecar without its metrics."""
+    total = hashlib.sha256()
+    for name in ("adapter_model.safetensors", PROJECTION):
+        path = Path(decoder.folder, name)
+        total.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"-")
+    sidecar = json.loads(Path(decoder.folder, SIDECAR).read_text(encoding="utf-8"))
+    total.update(json.dumps(sidecar | {"metrics": {}}, sort_keys=True).encode())
+    return total.hexdigest()
+
+
+def run(
+    suites: Sequence[str],
+    out: str | Path,
+    *,
+    folder: str | Path | None = None,
+    decoder_source: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    sweep: bool = False,
+    text_only_trained: str | None = None,
+    rows: Sequence[str] = (),
+) -> dict[str, dict]:
+    """Runs `suites` on a decoder and writes `out`; returns {suite: document}.
+
+    folder  outside data, None for the package's own
+    rows    fakes that get a row of their own: "random" and "untrained" (lqa.evals.fakes), or a decoder's folder
+
+    Raises LqaError for an unknown suite, missing data, a limit below 1, or an `out` begun with other settings; nothing is computed before
+    all of that is checked.
     """
-    if unknown := [s for s in suites if s not in SUITES]:
-        raise LqaError(f"The suite {unknown[0]!r} is unknown; the suites are {', '.join(SUITES)}.")
+    from lqa.evals.fakes import add_row
+
+    modules = {suite: suite_module(suite) for suite in dict.fromkeys(suites)}
     if limit is not None and limit < 1:
-        raise LqaError(f"--limit must be at least 1, not {limit}.")
-    items, source = data.latentqa_items(folder) if folder else data.corpus_items()
-    if limit is not None:
-        items = random.Random(0).sample(items, min(limit, len(items)))
+        raise LqaError(f"--limit must be at least 1, not {limit}; it counts items of the evaluation data ({data.LATENTQA_HOME}).")
+    data.check_folder(folder)
+    folder = None if folder is None else Path(folder)
+    for module in modules.values():
+        if hasattr(module, "check"):
+            module.check(folder)
+    try:
+        import matplotlib  # noqa: F401  found out now, not when the first plot is due
+    except ModuleNotFoundError as error:
+        raise LqaError("The plots need the package matplotlib; run `pip install 'lqa[train]'`.") from error
     decoder = LatentDecoder.from_pretrained(decoder_source)
-    given = {"--data": folder and "DATA", "--decoder": decoder_source and Path(decoder_source).name, "--limit": limit, "--out": "OUT"}
-    command = " ".join(["python -m lqa eval", *suites, *(f"{flag} {value}" for flag, value in given.items() if value)])
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for suite in suites:
-        start = time.perf_counter()
-        results[suite] = {
-            "provenance": {
-                "base": decoder.config.base,
-                "decoder": {"source": Path(decoder.name).name, "training": decoder.config.training},
-                "data": source["name"],
-                "sha256": source["sha256"],
-                "items": len(items),
+    trained = None
+    if text_only_trained is not None:
+        trained = LatentDecoder.from_pretrained(text_only_trained, base=decoder.base)
+        if not trained.config.reads_text:
+            raise LqaError(f"{text_only_trained} reads activations; train the decoder for --text-only-trained with visible_text=true.")
+    others: dict[str, LatentDecoder] = {}
+    for row in rows:
+        add_row(others, decoder, row, seed)
+
+    out, version = Path(out), code_version()
+    settings = {
+        "decoder": decoder_digest(decoder)[:16],
+        "data": data.digest(folder)[:16],
+        "limit": limit,
+        "seed": seed,
+        "code": version,
+        "text_only_trained": trained and decoder_digest(trained)[:16],
+        "rows": {name: decoder_digest(other)[:16] for name, other in others.items()},
+    }
+    given = {
+        "--data": folder and "DATA",
+        "--decoder": decoder_source and Path(decoder_source).name,
+        "--limit": limit,
+        "--seed": seed,
+        "--text-only-trained": text_only_trained and Path(text_only_trained).name,
+        "--rows": ",".join(others),
+        "--out": "OUT",
+    }
+    flags = [*(["--sweep"] if sweep else []), *(f"{flag} {value}" for flag, value in given.items() if value)]
+    command = " ".join(["python -m lqa eval", *modules, *flags])
+    passes = Passes()
+    with Journal(out / "journal.jsonl", settings) as journal:
+        for suite, module in modules.items():
+            job = Job(
+                suite,
+                decoder,
+                journal,
+                data=folder,
+                limit=limit,
+                seed=seed,
+                sweep=sweep,
+                passes=passes,
+                text_only_trained=trained,
+                rows=others,
+            )
+            result = module.run(job)
+            provenance = {
+                "model": decoder.config.base,
+                "decoder": {"name": Path(decoder.name).name, "sha256": decoder_digest(decoder), "training": decoder.config.training},
                 "corpus_revision": corpus.revision(),
-                "code": code_version(),
+                "code": version,
                 "command": command,
-            },
-            **{name: identify(decoder, items, message=message) for name, message in (("fixed", FIXED_MESSAGE), ("own", None))},
-        }
-        results[suite]["provenance"]["seconds"] = round(time.perf_counter() - start)
-        (out / f"{suite}.json").write_text(json.dumps(results[suite], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(report(results), encoding="utf-8")
-    return results
+                "seconds": round(job.seconds),
+            }
+            document = {"provenance": provenance, **asdict(result)}
+            for stale in out.glob(f"{suite}-*.png"):
+                stale.unlink()
+            for plot in result.plots:
+                report.draw(plot, out / report.picture(suite, plot))
+            write_whole(out / f"{suite}.json", report.dump(document))
+        write_whole(out / "README.md", report.report({out.name: report.load(out)}, plots=True))
+        journal.remove()
+    return {suite: document for suite, document in report.load(out).items() if suite in modules}
 
 
-def report(results: dict[str, dict]) -> str:
-    """The results as Markdown: every row with its references, n and 95 % bootstrap interval."""
-    lines = []
-    for suite, result in results.items():
-        about = result["provenance"]
-        lines += [f"## {suite}", ""]
-        for name, title in (("fixed", "Every control under the same message"), ("own", "Each control under its own message")):
-            part = result[name]
-            lines += [f"{title}: {part['m']} candidates of one kind, layer {part['layer']}, chance {part['chance']:.1%}.", ""]
-            lines += ["| read from | accuracy | 95 % interval | n |", "|---|---|---|---|"]
-            for row, numbers in part["table"].items():
-                interval = f"{numbers['low']:.1%} to {numbers['high']:.1%}"
-                lines.append(f"| {ROWS[row]} | {numbers['accuracy']:.1%} | {interval} | {numbers['n']} |")
-            lines.append("")
-        left = ", ".join(f"{n} of kind {kind}" for kind, n in result["fixed"]["left_out"].items())
-        lines += [f"Left out, being fewer than {result['fixed']['m']}: {left}.", ""] if left else []
-        lines += [f"{about['items']} items ({about['data']}); code {about['code']}; `{about['command']}`, {about['seconds']} s.", ""]
-    return "\n".join(lines)
+def judge(folder: str | Path, data_folder: str | None, url: str, model: str) -> None:
+    """Has a model judge the answers of `open` in a results folder (lqa.evals.judge)."""
+    from lqa.evals.judge import judge_folder
+
+    judge_folder(folder, data_folder, url=url, model=model)
 
 
 def print_report(folders: Sequence[str]) -> None:
-    """Prints the tables of results folders, one after the other.  Raises LqaError for a folder without (readable) results."""
-    for folder in folders:
-        try:
-            paths = [path for suite in SUITES if (path := Path(folder, f"{suite}.json")).is_file()]
-            text = report({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths})
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise LqaError(f"The results in {folder} cannot be read ({type(error).__name__}: {error}); evaluate again.") from error
-        if not paths:
-            raise LqaError(f"{folder} holds no results of a suite; run `python -m lqa eval SUITE --out {folder}` first.")
-        print(f"# {folder}\n\n{text}", file=sys.stdout)
+    """Prints the tables of a results folder, or of several side by side.  Raises LqaError for one without (readable) results."""
+    print(report.report({name: report.load(folder) for name, folder in report.names(folders).items()}))
+
+
+def write_tables(folders: Sequence[str], decoder: str | None, page: str) -> list[str]:
+    """Makes the marked tables of `page` anew; with `decoder`, puts the figures of the one folder named into its sidecar and card.
+
+    Returns what was written.
+    """
+    path = Path(page)
+    if decoder is None:
+        if folders:
+            raise LqaError(f"The tables of {path} are those that its markers name; name a results folder together with --decoder only.")
+        if not path.is_file():
+            raise LqaError(f"There is no {path} with markers for tables; name another page with --out.")
+        path.write_text(report.fill(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
+        return [str(path)]
+    if len(folders) != 1:
+        raise LqaError("Name the one results folder whose figures the card gets: `eval tables DIR --decoder FOLDER`.")
+    report.write_metrics(decoder, folders[0])
+    return [str(Path(decoder, SIDECAR)), str(Path(decoder, "README.md"))]

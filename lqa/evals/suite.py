@@ -6,15 +6,18 @@ all that it reports is a table with n and interval, so that one report shows eve
 
 from __future__ import annotations
 
+import json
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lqa.corpus.journal import Journal
+from lqa.activations import Passes
 from lqa.decoder import LatentDecoder, Reading
 from lqa.evals.statistics import bootstrap
+from lqa.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,12 @@ class Result:
 class Job:
     """One suite's work on one decoder.
 
-    data     folder of outside data, or None for the package's own
-    limit    at most so many items, drawn with `seed`
-    sweep    also by read form, span and layer
+    data      folder of outside data, or None for the package's own
+    limit     at most so many items, drawn with `seed`
+    sweep     also by read form, span and layer
+    passes    target passes that all suites share
+    text_only_trained  the decoder of that reference, or None
+    rows      further decoders that get a row of their own: name -> decoder
     """
 
     def __init__(
@@ -84,25 +90,44 @@ class Job:
         limit: int | None,
         seed: int = 0,
         sweep: bool = False,
+        passes: Passes | None = None,
+        text_only_trained: LatentDecoder | None = None,
+        rows: dict[str, LatentDecoder] | None = None,
     ):
         self.suite, self.decoder, self.journal = suite, decoder, journal
         self.data, self.limit, self.seed, self.sweep = data, limit, seed, sweep
+        self.passes = passes if passes is not None else Passes()
+        self.text_only_trained, self.rows = text_only_trained, rows or {}
+        self._seconds: dict[str, float] = {}
         self._start, self._made = time.monotonic(), 0
+
+    def limited(self, items: Sequence) -> list:
+        """At most `limit` of `items`, drawn with the seed."""
+        return list(items) if self.limit is None else random.Random(self.seed).sample(items, min(self.limit, len(items)))
 
     def once(self, key: str, make: Callable[[], dict]) -> dict:
         """The result filed under `key`: that of an earlier run, else what `make` returns (JSON values only), on disk before it is used."""
         key = f"{self.suite}/{key}"
         if key not in self.journal.records:
-            self.journal.add({"key": key, "value": make()})
+            start = time.monotonic()
+            value = json.loads(json.dumps(make()))  # as it will be read again
+            self.journal.add({"key": key, "value": value, "seconds": round(time.monotonic() - start, 2)})
             self._made += 1
-        return self.journal.records[key]["value"]
+        record = self.journal.records[key]
+        self._seconds[key] = record["seconds"]
+        return record["value"]
 
-    def read(self, chat, span, layer: int | None = None) -> Reading:
-        """`decoder.read`."""
-        return self.decoder.read(chat, span, layer)
+    @property
+    def seconds(self) -> float:
+        """What the results took, those of earlier runs included."""
+        return sum(self._seconds.values())
+
+    def read(self, chat, span, layer: int | None = None, decoder: LatentDecoder | None = None) -> Reading:
+        """`decoder.read` of the suite's decoder (or another one); a chat is passed through the target once, for all spans and layers."""
+        return (decoder or self.decoder).read(chat, span, layer, passes=self.passes)
 
     def progress(self, done: int, total: int, what: str = "") -> None:
         """Prints how far the suite is and about how long it will take."""
         spent = time.monotonic() - self._start
-        left = spent / self._made * (total - done) if self._made else 0.0
-        print(f"{self.suite}{what and ' ' + what}: {done} of {total}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+        left = f"{spent / self._made * (total - done) / 60:.1f} min left" if self._made else "from an earlier run"
+        print(f"{self.suite}{what and ' ' + what}: {done} of {total}, {left}", file=sys.stderr, flush=True)

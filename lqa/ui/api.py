@@ -63,7 +63,7 @@ def make_endpoints(decoder: LatentDecoder) -> Endpoints:
             assistant: The assistant's reply to the user's message; empty for none.
 
         Returns:
-            answer (text), confidence (0 to 1, mean probability of the answer's tokens), references (text by name), layer.
+            answer (text), confidence (0 to 1), cannot_tell (whether the answer is but a guess), references (text by name), layer.
         """
         try:
             question = check_question(question)
@@ -72,7 +72,8 @@ def make_endpoints(decoder: LatentDecoder) -> Endpoints:
         except LqaError as error:
             raise gr.Error(str(error), print_exception=False) from error
         references = {name: getattr(answer.grounding, name) for name in REFERENCES}
-        return {"answer": answer.text, "confidence": answer.confidence, "references": references, "layer": reading.layer}
+        sure = {"confidence": answer.confidence, "cannot_tell": answer.cannot_tell}
+        return {"answer": answer.text, **sure, "references": references, "layer": reading.layer}
 
     @spaces.GPU(duration=10)
     def score(

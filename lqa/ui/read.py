@@ -46,6 +46,7 @@ def item_of(answer: Answer, scores: list[TokenScore] | None = None, references: 
         "question": answer.question,
         "text": answer.text,
         "confidence": answer.confidence,
+        "cannot_tell": answer.cannot_tell,
         "words": words_of(scores) if scores else None,
         "gain": sum(gains) / len(gains) if gains else None,
         "references": {name: getattr(references, name) for name in REFERENCES} if references else None,

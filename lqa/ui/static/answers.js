@@ -64,7 +64,7 @@ function block(follow) {
   text.dir = "auto";
   const foot = make("div", "foot");
   const confidence = make("span", "confidence");
-  confidence.title = "Mean probability of the answer's tokens. It says how sure the decoder is, not whether it is right.";
+  confidence.title = "How sure the decoder is: the probability that it is right where its sidecar is calibrated, else the mean probability of its tokens.";
   const meter = make("span", "meter"), fill = make("span", "fill");
   meter.append(fill);
   const gain = make("span", "gain");
@@ -106,7 +106,7 @@ function fillIn(part, item, stage) {
   }
   const sure = known(item.confidence) && !growing;
   part.foot.classList.toggle("empty", !sure);
-  set(part.confidence, sure ? "confidence " + Math.round(100 * item.confidence) + " %" : "");
+  set(part.confidence, sure ? "confidence " + Math.round(100 * item.confidence) + " %" + (item.cannot_tell ? " (a guess: it cannot tell)" : "") : "");
   part.fill.style.width = sure ? 100 * item.confidence + "%" : "0";
   const little = known(item.gain) && item.gain < LITTLE;
   set(part.gain, known(item.gain) ? (little ? "owes little to the activations" : "owed to the activations") + ": " + item.gain.toFixed(2) + " nats a token" : "");

@@ -140,3 +140,8 @@ class Journal:
         except OSError as error:
             raise LqaError(f"{self.path} cannot be written ({error.strerror}); {_remedy(error)}.") from error
         self.records[record["key"]] = record
+
+    def remove(self) -> None:
+        """Deletes the journal, once what it was kept for is written elsewhere."""
+        self.path.unlink(missing_ok=True)
+        self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)
