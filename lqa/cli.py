@@ -1,4 +1,4 @@
-"""The command line: `python -m lqa ask | score | steer | chat | eval | data | push | bench`.  Bad input: a sentence on stderr, exit code 2."""
+"""The command line: `python -m lqa ask | score | steer | chat | eval | data | push | bench`.  Bad input: a sentence, exit code 2."""
 
 from __future__ import annotations
 
