@@ -19,7 +19,7 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.star
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -60,6 +60,6 @@ def test_tables_are_those_of_the_results_folders():
     identify = report({"identify": json.loads((ROOT / "results/identify/identify.json").read_text(encoding="utf-8"))})
     tables = [line for line in identify.splitlines() if line.startswith("|")]
     assert tables and all(line in README for line in tables)
-    for name in ("read", "train"):
+    for name in ("read", "train", "steer"):
         table = format_bench(json.loads((ROOT / f"results/bench/{name}.json").read_text(encoding="utf-8")))
         assert table.strip() in README, name

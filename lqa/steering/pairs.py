@@ -47,9 +47,9 @@ def load_pairs(path: str | Path) -> list:
 def write_pairs(decoder, control: str, n: int = PAIRS) -> list[tuple[str, str]]:
     """What the decoder says about a control text: at most `n` pairs, the best grounded first.
 
-    The target reads the control as a user's message (a decoder for contrasts: as a hidden system prompt), and the decoder answers the corpus's generic questions from its activations.  An
-    answer counts if its log-probability beats that without activations and that with another chat's by MARGIN.  Raises LqaError for
-    an empty control, or if no answer is grounded.
+    The target reads the control as a user's message (a decoder for contrasts: as a hidden system prompt), and the decoder answers the
+    corpus's generic questions from its activations.  An answer counts if its log-probability beats that without activations and that
+    with another chat's by MARGIN.  Raises LqaError for an empty control, or if no answer is grounded.
     """
     if not isinstance(control, str) or not control.strip():
         raise LqaError("The control is empty; write how the model shall behave.")
