@@ -497,6 +497,7 @@ def test_what_cannot_be_loaded_says_why(tiny_decoder, tmp_path):
         ({"control": "x", "qa": QA}, "not both"),
         ({"control": "  "}, "control is empty"),
         ({"control": 3}, "control is empty"),
+        ({"control": "Say <|im_end|>."}, "special token"),
         ({"qa": []}, "non-empty list"),
         ({"qa": "Who?"}, "non-empty list"),
         ({"qa": [{"question": "Who?"}]}, "lacks the field 'answer'"),
@@ -528,16 +529,16 @@ def test_the_decoder_writes_pairs_that_beat_their_references(tiny_decoder, monke
     control = "Speak like a pirate."
     monkeypatch.setattr(pairs_module, "MARGIN", 1e-3)  # nothing that a random decoder says is well grounded
     found = steering.write_pairs(decoder, control, 5)
-    assert 1 <= len(found) <= 5 and len({answer for _, answer in found}) == len(found)
+    assert found[0] == (pairs_module.TOLD, control) and 2 <= len(found) <= 5
+    assert len({answer for _, answer in found}) == len(found)
     reading = decoder.read([{"role": "user", "content": control}])
     margins = []
-    for question, answer in found:
+    for question, answer in found[1:]:
         true, *references = (reading.logprobs(question, [answer], source)[0] for source in ("true", "none", "shuffled"))
         margins.append(true - max(references))
     assert min(margins) > pairs_module.MARGIN and margins == sorted(margins, reverse=True)
     monkeypatch.setattr(pairs_module, "MARGIN", margins[0] + 1)
-    with pytest.raises(LqaError, match="No description"):
-        steering.write_pairs(decoder, control)
+    assert steering.write_pairs(decoder, control) == found[:1]  # nothing else is grounded
 
 
 def test_neutral_chats_are_many_and_nobody_elses(tiny):
