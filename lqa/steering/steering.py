@@ -13,7 +13,7 @@ from lqa.errors import LqaError
 
 SIDECAR = "lqa_steering.json"
 SCHEMA_VERSION = 1
-KEYS = ("control", "qa", "decoder", "settings", "steps", "seconds", "loss", "history", "code")
+KEYS = ("control", "qa", "decoder", "settings", "steps", "seconds", "loss", "enough", "history", "code")
 
 
 def check_strength(strength) -> float:
@@ -30,7 +30,8 @@ def check_strength(strength) -> float:
 class Steering:
     """A LoRA on the target of `decoder`, switched on by `apply`.
 
-    `record` says how it came to be: control, qa, decoder, settings, steps, seconds, loss (of held-out chats, nats), history, code.
+    `record` says how it came to be: control, qa, decoder, settings, steps, seconds, loss (of held-out chats, nats), enough (the
+    held-out control loss at which training would end), history, code.
     """
 
     def __init__(self, decoder, adapter: str, record: dict):

@@ -51,13 +51,13 @@ class Settings:
     steps: int = 40
     batch: int = 2
     learning_rate: float = 1e-3
-    kl: float = 0.1
+    kl: float = 0.02
     chats: int = 80
     rank: int = 8
     evaluate: int = 3
     held_out: int = 3
     patience: int = 3
-    certainty: float | None = 1.3
+    certainty: float | None = 1.2
     autocast: bool = True
     seed: int = 0
 
@@ -152,6 +152,7 @@ def steer(
         "steps": history[-1].step,
         "seconds": time.perf_counter() - begun,
         "loss": training.best,
+        "enough": training.enough if training.enough > float("-inf") else None,
         "history": [asdict(p) for p in history],
         "code": code_version(),
     }
