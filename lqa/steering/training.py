@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -147,7 +148,7 @@ def steer(
     record = {
         "control": control,
         "qa": [list(pair) for pair in pairs],
-        "decoder": decoder.name,
+        "decoder": Path(decoder.name).name if Path(decoder.name).is_dir() else decoder.name,  # no path of this machine
         "settings": asdict(config) | {"layers": training.layers, "hidden": training.loss.hidden},
         "steps": history[-1].step,
         "seconds": time.perf_counter() - begun,
