@@ -34,6 +34,7 @@ class Settings:
     hidden         the decoder reads the steering as a hidden context (against the unsteered target), or as a visible one; None: hidden
                    for a decoder that reads nothing else (conditioning "contrast")
     steps, batch   optimizer steps, neutral chats per step
+    learning_rate  of AdamW, behind five steps of warm-up
     kl             lambda, the weight of the KL to the unsteered model; 0 is the paper's
     chats          how many of the packaged neutral chats are visited
     rank           of the LoRA, on all linear layers of its blocks; alpha is twice that
