@@ -54,7 +54,7 @@ def _span(text: str):
 def _decoder(options):
     from lqa.decoder import LatentDecoder
 
-    where = {name: value for name in ("revision", "subfolder", "preset") if (value := getattr(options, name)) is not None}
+    where = {name: value for name in ("revision", "subfolder", "preset") if (value := getattr(options, name, None)) is not None}
     return LatentDecoder.from_pretrained(options.decoder, **where)
 
 
