@@ -136,7 +136,7 @@ def test_plain_output_shows_the_same(capsys, tiny_default):
         (["steer", "--control", "x", "--qa", "x.json", "--out", "x"], "--control TEXT or --qa"),
         (["steer", "--qa", "not-there.json", "--out", "x"], "cannot be read"),
         (["steer", "--control", "x", "--out", "pyproject.toml/x"], "cannot be made"),
-        (["chat", *WHO, "--steering", "not-there"], "no lqa_steering.json"),
+        (["chat", *WHO, "--steering", "not-there"], "steering 'not-there'"),
         (["chat", *WHO, "--steering", "not-there", "--strength", "much"], "must be a number"),
         (["chat", *WHO, "--strength", "1"], "--steering DIR"),
     ],
