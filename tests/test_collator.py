@@ -7,9 +7,11 @@ import torch
 
 from lqa.activations import capture, gather_spans
 from lqa.chat import render, resolve_span
+from lqa.config import IGNORE
 from lqa.errors import LqaError
 from lqa.injection import Injection
-from train.collator import IGNORE, PAD, ActivationCache, LatentQACollator, block_mask
+from lqa.masks import PAD, block_mask
+from train.collator import ActivationCache, LatentQACollator
 
 QA = [{"question": "Who?", "answer": "A pirate."}, {"question": "How will it speak?", "answer": "Formally, at sea."}]
 CHAT = [{"role": "system", "content": "Speak like a pirate."}, {"role": "user", "content": "Hi there."}]
