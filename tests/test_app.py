@@ -688,8 +688,9 @@ def test_the_public_endpoints(url, decoder):
 def test_agents_get_the_same_as_tools(url, decoder):
     """Over MCP: exactly the public endpoints, documented, callable."""
     mcp = pytest.importorskip("mcp")
+    import ast
     import asyncio
-    import json
+    from concurrent.futures import ThreadPoolExecutor
 
     from mcp.client.streamable_http import streamablehttp_client
 
@@ -701,9 +702,10 @@ def test_agents_get_the_same_as_tools(url, decoder):
             name = next(tool.name for tool in tools if tool.name.endswith("read"))
             return tools, await session.call_tool(name, arguments)
 
-    tools, result = asyncio.run(call())
+    with ThreadPoolExecutor(1) as pool:  # Playwright keeps an event loop in this thread
+        tools, result = pool.submit(lambda: asyncio.run(call())).result()
     assert sorted(tool.name.rsplit("_", 1)[-1] for tool in tools) == ["read", "score", "steer"]
     for tool in tools:
         assert len(tool.description) > 40 and {"system", "user"} <= set(tool.inputSchema["properties"])
     expected = decoder.read(check_turns(turns()), "last:2", 0).ask(QUESTION)[0]
-    assert not result.isError and json.loads(result.content[0].text)["answer"] == expected.text
+    assert not result.isError and ast.literal_eval(result.content[0].text)["answer"] == expected.text

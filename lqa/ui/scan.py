@@ -72,7 +72,7 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
                 raise LqaError("That is no cell of a scan; click one.") from error
             if not same or not 0 < token < len(rendered):
                 raise LqaError("The chat has changed since this scan; scan it again.")
-            return gr.Tabs(selected="read"), token_view(rendered, [token]), decoder.config.check_layer(layer), question, ""
+            return gr.update(selected="read"), token_view(rendered, [token]), decoder.config.check_layer(layer), question, ""
         except LqaError as error:
             return *(gr.skip(),) * 4, str(error)
 
