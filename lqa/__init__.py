@@ -14,14 +14,27 @@ from typing import TYPE_CHECKING
 from lqa.errors import LqaError
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Base", "DecoderConfig", "Grounding", "LatentDecoder", "LqaError", "Reading", "Score", "TokenScore", "load_base"]
+__all__ = [
+    "Answer",
+    "Base",
+    "DecoderConfig",
+    "Grounding",
+    "LatentDecoder",
+    "LqaError",
+    "Reading",
+    "Score",
+    "Steering",
+    "TokenScore",
+    "load_base",
+]
 
 if TYPE_CHECKING:
     from lqa.config import DecoderConfig
     from lqa.decoder import Answer, Grounding, LatentDecoder, Reading, Score, TokenScore
     from lqa.models import Base, load_base
+    from lqa.steering import Steering
 
-_HOMES = {"DecoderConfig": "lqa.config", "Base": "lqa.models", "load_base": "lqa.models"}
+_HOMES = {"DecoderConfig": "lqa.config", "Base": "lqa.models", "load_base": "lqa.models", "Steering": "lqa.steering"}
 
 
 def __getattr__(name: str):

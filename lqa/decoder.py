@@ -232,11 +232,11 @@ class LatentDecoder:
 
         return steer(self, control=control, qa=qa, **settings)
 
-    def load_steering(self, source: str | Path) -> Steering:
-        """A steering from the folder that `Steering.save` wrote.  Raises LqaError if it is damaged, or made for another base."""
+    def load_steering(self, source: str | Path, *, revision: str | None = None) -> Steering:
+        """A steering from the folder that `Steering.save` wrote, or from a Hub id; see `lqa.steering.Steering.load`."""
         from lqa.steering import Steering
 
-        return Steering.load(self, source)
+        return Steering.load(self, source, revision=revision)
 
     # --- shared with Reading and scan -------------------------------------------------------------------------------------
 

@@ -55,12 +55,10 @@ def _decoder(folder: Path, repo_id: str, options: dict) -> dict[str, str]:
 def _steering(folder: Path, repo_id: str, options: dict) -> dict[str, str]:
     try:
         sidecar = json.loads((folder / STEERING_SIDECAR).read_text(encoding="utf-8"))
-        base, decoder = sidecar["base"]["name"], sidecar["decoder"]
+        base = sidecar["base"]["name"]
     except (ValueError, KeyError, TypeError) as error:
         raise LqaError(f"{folder / STEERING_SIDECAR} is malformed ({error!r}); make the steering again.") from error
     _check_adapter(folder, base)
-    if Path(decoder).is_dir():  # never a path of this machine
-        sidecar["decoder"] = Path(decoder).name
     text = json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n"
     return {STEERING_SIDECAR: text, README: cards.steering_card(folder, sidecar, STEERING_SIDECAR, repo_id)}
 

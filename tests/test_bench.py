@@ -184,12 +184,11 @@ def test_both_ways_of_steering_take_the_same_gradient(tiny_decoder, conditioning
     from lqa.steering.training import Settings
 
     decoder = tiny_decoder(conditioning=conditioning)
-    settings = Settings(chats=3, kl=0.0, autocast=False, rank=2, hidden=conditioning != "raw")
+    settings = Settings(chats=3, kl=0.0, autocast=False, certainty=None, rank=2, hidden=conditioning != "raw")
     qa = [("How will the assistant speak?", "Like a pirate."), ("Who is it?", "A doctor from France who likes to cook.")]
     runs = []
-    for module in (decoder.base.model, twin := bench._twin(decoder.base)):
-        model = getattr(module, "model", module)
-        model.get_output_embeddings().register_forward_hook(lambda m, a, out: runs.append(out.shape[-2]))
+    for base in (decoder.base, twin := bench._twin(decoder.base)):
+        base.model.get_output_embeddings().register_forward_hook(lambda m, a, out: runs.append(out.shape[-2]))
     ours = bench._steer_once(decoder, None, qa, settings)[1]
     passes = len(runs)
     paper = bench._steer_once(decoder, twin, qa, settings)[1]

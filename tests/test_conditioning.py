@@ -90,6 +90,17 @@ def test_only_what_comes_after_a_hidden_turn_has_a_reference(tokenizer_of):
     assert {rendered.tokens[indices[n]].turn for n in which} == {2}
 
 
+def test_where_the_target_is_steered_by_something_hidden_every_token_has_a_reference(tokenizer_of):
+    tokenizer = tokenizer_of("chatml")
+    rendered = render(tokenizer, CHAT)
+    for span in ("user", "all"):
+        indices = resolve_span(span, rendered)
+        alone, places, which = reference(tokenizer, rendered, indices, steered=True)
+        assert which == list(range(len(indices)))
+        assert [alone.ids[p] for p in places] == [rendered.ids[i] for i in indices]
+        assert (alone.ids == rendered.ids and places == indices) == (span == "all")
+
+
 def test_no_reference_where_nothing_or_everything_is_hidden(tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     rendered = render(tokenizer, CHAT)

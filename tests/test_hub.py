@@ -20,7 +20,6 @@ from lqa import hub as publishing
 from lqa.cards import check_card, write_decoder_card
 from lqa.cli import main
 from lqa.config import DecoderConfig
-from lqa.decoder import EMBEDDED_DECODER
 from lqa.download import STEERING_FILES, download
 from lqa.models import load_base
 from train import export
@@ -245,9 +244,8 @@ def test_private_is_kept(kind, hub, folder, tmp_path):
 
 
 def test_a_steering_is_pushed_like_a_decoder(hub, folder):
-    here = str(EMBEDDED_DECODER)
     sidecar = {"schema_version": 1, "base": {"name": "tiny/smol"}, "control": "Speak like a pirate.", "qa": [["Who is it?", "A pirate."]]}
-    sidecar |= {"decoder": here, "settings": {"method": "joint", "layers": [0, 1]}, "steps": 12}
+    sidecar |= {"decoder": "x", "settings": {"method": "joint", "layers": [0, 1]}, "steps": 12}
     (folder / publishing.STEERING_SIDECAR).write_text(json.dumps(sidecar))
     publishing.push("steering", folder, "me/pirate")
     files = hub.repos["model", "me/pirate"].commits[-1].files
@@ -256,10 +254,24 @@ def test_a_steering_is_pushed_like_a_decoder(hub, folder):
     figures = ("| steps | 12 |", "| method | joint |", "*Who is it?* A pirate.")
     for expected in ('.load_steering("me/pirate")', "> Speak like a pirate.", *figures):
         assert expected in card, expected
-    assert here not in card and json.loads(files[publishing.STEERING_SIDECAR].content)["decoder"] == EMBEDDED_DECODER.name
     fetched = download("me/pirate", STEERING_FILES, what="steering")
     assert {p.name for p in fetched.iterdir()} == set(STEERING_FILES)
     assert (fetched / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_pushed_steering_loads_as_its_folder_does(hub, folder, tiny, tmp_path):
+    decoder = load(tiny, folder)
+    made = decoder.steer(qa=[("Who is it?", "A pirate.")], steps=2, batch=1, chats=2, held_out=1, evaluate=1, rank=2)
+    made.save(tmp_path / "pirate")
+    publishing.push("steering", tmp_path / "pirate", "me/pirate")
+    theirs, ours = decoder.load_steering("me/pirate"), decoder.load_steering(tmp_path / "pirate")
+    assert theirs.record == ours.record and str(tmp_path) not in json.dumps(theirs.record)
+    one, two = (list(decoder.base.adapter_parameters(s.adapter).values()) for s in (theirs, ours))
+    assert len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    with pytest.raises(LqaError, match="steering 'me/nothing' is neither a folder here nor a repository"):
+        decoder.load_steering("me/nothing")
+    with pytest.raises(LqaError, match="no revision 'v9'"):
+        decoder.load_steering("me/pirate", revision="v9")
 
 
 # --- uploads that break off --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -90,7 +90,8 @@ def plain_loss(decoder, h, h0, layer, hidden):
 def test_gradient_is_that_of_the_formula(tiny_decoder, family, changes, hidden, method):
     decoder = tiny_decoder(family, **changes)
     base, weight = decoder.base, 0.7
-    settings = steering.Settings(**FAST, method=method, layers=(0, 1), hidden=hidden, kl=weight, span="turn:-1")
+    changed = {"method": method, "layers": (0, 1), "hidden": hidden, "kl": weight, "span": "turn:-1"}
+    settings = steering.Settings(**FAST | changed)
     training = Training(decoder, QA, settings)
     chat = training.chats[0]
     generator = torch.Generator().manual_seed(5)
@@ -140,7 +141,7 @@ def test_what_the_decoder_computes_before_its_write_layer_is_kept(tiny_decoder):
 def test_steering_lowers_the_loss_and_leaves_everything_else_alone(tiny_decoder, method):
     decoder = tiny_decoder()
     before, seen = state(decoder.base), []
-    steered = decoder.steer(qa=QA, method=method, kl=0.01, progress=seen.append, **FAST | {"steps": 12})
+    steered = decoder.steer(qa=QA, progress=seen.append, **FAST | {"steps": 12, "kl": 0.01, "method": method})
     after = state(decoder.base)
     assert torch.equal(after["logits"], before["logits"]) and not after["gradients"] and after["hooks"] == before["hooks"]
     kept = {key.replace("base_layer.", ""): t for key, t in after["tensors"].items() if f".{steered.adapter}." not in key}
@@ -159,7 +160,7 @@ def test_steering_lowers_the_loss_and_leaves_everything_else_alone(tiny_decoder,
 
 
 def test_the_best_state_is_kept_and_training_stops_early(tiny_decoder):
-    settings = FAST | {"steps": 60, "learning_rate": 3.0, "evaluate": 1, "patience": 3}
+    settings = FAST | {"steps": 60, "learning_rate": 3.0, "evaluate": 1, "patience": 3, "kl": 1.0}
     decoder, seen = tiny_decoder(), []
     steered = decoder.steer(qa=QA, progress=seen.append, **settings)
     best = min(seen, key=lambda p: p.held_out)
@@ -496,6 +497,7 @@ def test_what_cannot_be_loaded_says_why(tiny_decoder, tmp_path):
         ({"control": "x", "qa": QA}, "not both"),
         ({"control": "  "}, "control is empty"),
         ({"control": 3}, "control is empty"),
+        ({"control": "Say <|im_end|>."}, "special token"),
         ({"qa": []}, "non-empty list"),
         ({"qa": "Who?"}, "non-empty list"),
         ({"qa": [{"question": "Who?"}]}, "lacks the field 'answer'"),
@@ -527,16 +529,16 @@ def test_the_decoder_writes_pairs_that_beat_their_references(tiny_decoder, monke
     control = "Speak like a pirate."
     monkeypatch.setattr(pairs_module, "MARGIN", 1e-3)  # nothing that a random decoder says is well grounded
     found = steering.write_pairs(decoder, control, 5)
-    assert 1 <= len(found) <= 5 and len({answer for _, answer in found}) == len(found)
+    assert found[0] == (pairs_module.TOLD, control) and 2 <= len(found) <= 5
+    assert len({answer for _, answer in found}) == len(found)
     reading = decoder.read([{"role": "user", "content": control}])
     margins = []
-    for question, answer in found:
+    for question, answer in found[1:]:
         true, *references = (reading.logprobs(question, [answer], source)[0] for source in ("true", "none", "shuffled"))
         margins.append(true - max(references))
     assert min(margins) > pairs_module.MARGIN and margins == sorted(margins, reverse=True)
     monkeypatch.setattr(pairs_module, "MARGIN", margins[0] + 1)
-    with pytest.raises(LqaError, match="No description"):
-        steering.write_pairs(decoder, control)
+    assert steering.write_pairs(decoder, control) == found[:1]  # nothing else is grounded
 
 
 def test_neutral_chats_are_many_and_nobody_elses(tiny):
@@ -590,10 +592,8 @@ def test_auto_strength_is_the_largest_that_stays_below_the_ratio(steered):
         steering.auto_strength(one, 1.0)
 
 
-# --- the embedded model -------------------------------------------------------------------------------------------
-
-
 def test_the_sidecar_names_no_path_of_this_machine(tiny_decoder, tmp_path):
-    tiny_decoder().steer(qa=QA, **FAST).save(tmp_path)
+    decoder = tiny_decoder()
+    decoder.steer(qa=QA, **FAST).save(tmp_path)
     text = (tmp_path / "adapter_config.json").read_text() + (tmp_path / "lqa_steering.json").read_text()
-    assert str(Path.home()) not in text and "/work" not in text
+    assert Path(decoder.name).is_dir() and decoder.name not in text and str(Path.home()) not in text

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lqa import engine
+from lqa.chat import check_text
 from lqa.corpus import load_questions
 from lqa.errors import LqaError
 from lqa.steering.neutral import load_neutral
 
-PAIRS = 6  # how many are used: the loss of a step is a mean over all of them
+PAIRS = 5  # how many are used: the loss of a step is a mean over all of them
+TOLD = "What instruction does the assistant seem to be following?"  # a generic question, which the control's own text answers
 MARGIN = 0.1  # nats per token by which an answer must beat both of its references
 
 
@@ -45,16 +47,18 @@ def load_pairs(path: str | Path) -> list:
 
 
 def write_pairs(decoder, control: str, n: int = PAIRS) -> list[tuple[str, str]]:
-    """What the decoder says about a control text: at most `n` pairs, the best grounded first.
+    """What the decoder shall say of the steered target: the control's own text, then what it says of the control, best grounded first;
+    at most `n` pairs.
 
-    The target reads the control as a user's message (a decoder for contrasts: as a hidden system prompt), and the decoder answers the corpus's generic questions from its activations.  An
-    answer counts if its log-probability beats that without activations and that with another chat's by MARGIN.  Raises LqaError for
-    an empty control, or if no answer is grounded.
+    The target reads the control as a user's message (a decoder for contrasts: as a hidden system prompt), and the decoder answers the
+    corpus's generic questions from its activations.  An answer counts if its log-probability beats that without activations and that
+    with another chat's by MARGIN.  Raises LqaError for an empty control.
     """
     if not isinstance(control, str) or not control.strip():
         raise LqaError("The control is empty; write how the model shall behave.")
     kinds = load_questions()
     questions = [q for pair in zip(kinds["goal"]["description"], kinds["persona"]["description"], strict=True) for q in pair]
+    check_text(decoder.base.tokenizer, control, "The control")
     chat, span = [{"role": "user", "content": control.strip()}], "all"
     if decoder.config.conditioning == "contrast":  # it reads what is hidden, and nothing else
         chat, span = [{"role": "system", "content": control.strip()}, {"role": "user", "content": load_neutral()["train"][0]}], "turn:-1"
@@ -64,9 +68,7 @@ def write_pairs(decoder, control: str, n: int = PAIRS) -> list[tuple[str, str]]:
     logprobs = {source: _logprobs(reading, pairs, source) for source in ("true", "none", "shuffled")}
     margins = [t - max(*references) for t, *references in zip(*logprobs.values(), strict=True)]
     order = sorted((i for i in range(len(pairs)) if margins[i] > MARGIN), key=lambda i: -margins[i])
-    if not order:
-        raise LqaError("No description that the decoder gives of this control is grounded in its activations; reword it, or give pairs.")
-    return [pairs[i] for i in order[:n]]
+    return [(TOLD, control.strip()), *(pairs[i] for i in order[: n - 1])]
 
 
 def _logprobs(reading, pairs: list[tuple[str, str]], source: str) -> list[float]:

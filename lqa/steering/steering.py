@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from lqa.download import STEERING_FILES, download
 from lqa.errors import LqaError
 
-SIDECAR = "lqa_steering.json"
+SIDECAR = STEERING_FILES[-1]
 SCHEMA_VERSION = 1
-KEYS = ("control", "qa", "decoder", "settings", "steps", "seconds", "loss", "history", "code")
+KEYS = ("control", "qa", "decoder", "settings", "steps", "seconds", "loss", "enough", "history", "code")
 
 
 def check_strength(strength) -> float:
@@ -30,7 +31,8 @@ def check_strength(strength) -> float:
 class Steering:
     """A LoRA on the target of `decoder`, switched on by `apply`.
 
-    `record` says how it came to be: control, qa, decoder, settings, steps, seconds, loss (of held-out chats, nats), history, code.
+    `record` says how it came to be: control, qa, decoder, settings, steps, seconds, loss (of held-out chats, nats), enough (the
+    held-out control loss at which training would end), history, code.
     """
 
     def __init__(self, decoder, adapter: str, record: dict):
@@ -71,9 +73,14 @@ class Steering:
             raise LqaError(f"The steering cannot be written to {folder}: {error}.") from error
 
     @classmethod
-    def load(cls, decoder, source: str | Path) -> Steering:
-        """A steering from its folder.  Raises LqaError if it is incomplete or damaged, or made for another base than the decoder's."""
+    def load(cls, decoder, source: str | Path, *, revision: str | None = None) -> Steering:
+        """A steering from its folder, or from a Hub id.
+
+        Raises LqaError if it cannot be had, is incomplete or damaged, or made for another base than the decoder's.
+        """
         folder, base = Path(source), decoder.base
+        if not folder.is_dir():
+            folder = download(str(source), STEERING_FILES, revision=revision, what="steering")
         try:
             data = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
             version, made_for = data["schema_version"], data["base"]

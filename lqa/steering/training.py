@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Settings:
     hidden         the decoder reads the steering as a hidden context (against the unsteered target), or as a visible one; None: hidden
                    for a decoder that reads nothing else (conditioning "contrast")
     steps, batch   optimizer steps, neutral chats per step
+    learning_rate  of AdamW, behind five steps of warm-up
     kl             lambda, the weight of the KL to the unsteered model; 0 is the paper's
     chats          how many of the packaged neutral chats are visited
     rank           of the LoRA, on all linear layers of its blocks; alpha is twice that
@@ -51,13 +53,13 @@ class Settings:
     steps: int = 40
     batch: int = 2
     learning_rate: float = 1e-3
-    kl: float = 0.1
+    kl: float = 0.02
     chats: int = 80
     rank: int = 8
     evaluate: int = 3
     held_out: int = 3
     patience: int = 3
-    certainty: float | None = 1.3
+    certainty: float | None = 1.2
     autocast: bool = True
     seed: int = 0
 
@@ -147,11 +149,12 @@ def steer(
     record = {
         "control": control,
         "qa": [list(pair) for pair in pairs],
-        "decoder": decoder.name,
+        "decoder": Path(decoder.name).name if Path(decoder.name).is_dir() else decoder.name,  # no path of this machine
         "settings": asdict(config) | {"layers": training.layers, "hidden": training.loss.hidden},
         "steps": history[-1].step,
         "seconds": time.perf_counter() - begun,
         "loss": training.best,
+        "enough": training.enough if training.enough > float("-inf") else None,
         "history": [asdict(p) for p in history],
         "code": code_version(),
     }
