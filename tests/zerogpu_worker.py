@@ -63,7 +63,8 @@ def main() -> None:
 
     emulated.init, emulated.size, emulated.pack, emulated.move = (lambda uuid: None), (lambda: 0), (lambda: 0), move
 
-    sys.path.insert(0, str(Path(__file__).parent))
+    here = Path(__file__).parent
+    sys.path[:0] = [str(here.parent), str(here)]
     from conftest import make_config, tiny_base
 
     from lqa import LatentDecoder
