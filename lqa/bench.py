@@ -24,7 +24,7 @@ from torch import Tensor
 from lqa import engine
 from lqa.activations import Capture, gather_spans
 from lqa.chat import render, resolve_span
-from lqa.conditioning import Projection, condition, reference
+from lqa.conditioning import REFERENCED, Projection, condition, reference
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
 from lqa.injection import Injection
@@ -187,8 +187,8 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[Tenso
 
 
 def _reference_activations(decoder: LatentDecoder, reading: Reading) -> Tensor | None:
-    """What the decoder's conditioning compares with, (N, D); None if it is raw.  Every token of the benchmark's span has a reference."""
-    if decoder.config.conditioning == "raw":
+    """What the decoder's conditioning compares with, (N, D); None if with nothing.  Every token of the benchmark's span has a reference."""
+    if decoder.config.conditioning not in REFERENCED:
         return None
     found = reference(decoder.base.tokenizer, reading.rendered, list(reading.span))
     return decoder._capture(found.rendered, found.places, reading.layer) if found else None
@@ -205,9 +205,8 @@ def _read_paper(
     with base.decoding() as model, Capture(base.blocks, [layer], stop=False) as captured:
         model(input_ids=target_ids, attention_mask=torch.ones_like(target_ids), use_cache=False)
     activations = gather_spans({layer: captured[layer]}, [span] * len(asked), [[layer]] * len(asked))
-    if h0 is not None:
-        how = (config.conditioning, config.conditioning_constant, decoder.projection)
-        activations = condition(activations, h0.repeat(len(asked), 1), None, layer, *how)
+    how = (config.conditioning, config.conditioning_constant, decoder.projection)
+    activations = condition(activations, None if h0 is None else h0.repeat(len(asked), 1), None, layer, *how)
     prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), [layer])
     prompts = [prefix + config.prompt.question(base.tokenizer, q) for q in asked]
     ids, mask, positions = _left_padded(prompts, 0, base.device)
@@ -359,7 +358,7 @@ def make_trainer(schedule: str, config_path: str, overrides: list[str], steps: i
     config = load_config(config_path, [*overrides, *(f"training_args.{key}={json.dumps(value)}" for key, value in quiet.items())])
     config.cache, config.examples = None, None  # activations are read live; as many readings as the steps consume
     if schedule == "paper":
-        config.conditioning, config.conditioning_constant = "raw", None
+        config.conditioning, config.conditioning_constant, config.projection = "raw", None, {}
     projection = None
     if config.conditioning == "projected":  # what it maps to costs no time
         width = load_base(config.base).hidden_size

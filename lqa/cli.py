@@ -19,17 +19,30 @@ def _chat(options) -> list[dict[str, str]]:
     if options.chat is not None:
         if options.user is not None or options.system is not None:
             raise LqaError("Give either --chat or --user (with --system), not both.")
-        try:
-            chat = json.loads(Path(options.chat).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise LqaError(f"The chat file {options.chat} cannot be read: {error}.") from error
-        except json.JSONDecodeError as error:
-            raise LqaError(f"The chat file {options.chat} is not JSON ({error}); it must hold a list of role/content messages.") from error
-        return check_chat(chat)
+        return _chat_file(options.chat)
     if options.user is None:
         raise LqaError("Give the chat with --user TEXT (and --system TEXT), or with --chat FILE.json.")
     system = [{"role": "system", "content": options.system}] if options.system is not None else []
     return check_chat([*system, {"role": "user", "content": options.user}])
+
+
+def _chat_file(path: str) -> list[dict[str, str]]:
+    from lqa.chat import check_chat
+
+    try:
+        chat = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise LqaError(f"The chat file {path} cannot be read: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise LqaError(f"The chat file {path} is not JSON ({error}); it must hold a list of role/content messages.") from error
+    return check_chat(chat)
+
+
+def _read(options):
+    """The reading of the chat, span and layer that the flags name; all files are checked before any model is loaded."""
+    chat = _chat(options)
+    reference = None if options.reference is None else _chat_file(options.reference)
+    return _decoder(options).read(chat, _span(options.span), options.layer, reference=reference)
 
 
 def _span(text: str):
@@ -41,7 +54,7 @@ def _span(text: str):
 def _decoder(options):
     from lqa.decoder import LatentDecoder
 
-    where = {name: value for name in ("revision", "subfolder", "preset") if (value := getattr(options, name)) is not None}
+    where = {name: value for name in ("revision", "subfolder", "preset") if (value := getattr(options, name, None)) is not None}
     return LatentDecoder.from_pretrained(options.decoder, **where)
 
 
@@ -52,8 +65,7 @@ def _print(document: dict) -> None:
 def ask(options) -> None:
     from lqa.calibration import CANNOT_TELL
 
-    chat = _chat(options)
-    reading = _decoder(options).read(chat, _span(options.span), options.layer)
+    reading = _read(options)
     answers = reading.ask(options.question, grounding=options.grounding, max_new_tokens=options.max_new_tokens)
     if options.json:
         entries = [asdict(a) for a in answers]
@@ -66,8 +78,7 @@ def ask(options) -> None:
 
 
 def score(options) -> None:
-    chat = _chat(options)
-    reading = _decoder(options).read(chat, _span(options.span), options.layer)
+    reading = _read(options)
     scores = reading.score(options.question, options.answer)
     if options.json:
         return _print({"question": options.question, "answers": [asdict(s) for s in scores]})
@@ -274,6 +285,8 @@ def parser() -> argparse.ArgumentParser:
         spans = "all, system, user, assistant, turn:T, from:T, last:N, A:B, or indices 3,5,8 (default: all)"
         sub.add_argument("--span", default="all", help=spans)
         sub.add_argument("--layer", type=int, metavar="K", help="read layer, a 0-based block (default: the decoder's)")
+        text = "for a decoder that reads differences: a chat with the same visible turns to compare with (default: these turns alone)"
+        sub.add_argument("--reference", metavar="FILE.json", help=text)
 
     sub = command("ask", ask, "Ask questions about the activations of a chat.")
     reading_flags(sub)

@@ -1,18 +1,22 @@
 """Conditioning: what is done to activations before they are injected.
 
 A hidden turn changes the activations of later tokens only a little; most of them is the visible text.  The reference h0 is the same
-visible turns without the hidden context, so that the difference is what the hidden context alone has done.  A steering that counts as
+visible turns without the hidden context, so that the difference is what the hidden context alone has done.  Another reference chat with the
+same visible turns may be given instead; the difference is then what one hidden context does more than the other.  A steering that counts as
 hidden is left out of the reference likewise, and every token has one then: itself in the unsteered target.
 
     raw        h
+    centred    h - mu_k               mu_k: the mean over what is read in training
     contrast   h - h0
     amplified  h + a (h - h0)
-    projected  P_k (h - h0) + b_k     P_k, b_k for each read layer k lie beside the adapter
+    projected  P_k (h - h0) + b_k
 
-A token that no hidden turn precedes has no reference: where that is all of them `contrast` is an error, else it injects h as the others do.
+mu_k, or P_k and b_k, for each read layer k lie beside the adapter.  A token that no hidden turn precedes has no reference: where that is
+all of them `contrast` is an error, else it injects h as the others do.
 
-`projected` is fitted before the decoder is trained (train.projection): from the difference at one token it predicts what the write layer
-would hold for the hidden text.  The model can already read that, so a decoder starts with its input in a form that it knows.
+`projected` starts from a fit (train.projection): from the difference at one token it predicts what the write layer would hold for the
+hidden text.  The model can already read that, so a decoder starts with its input in a form that it knows.  Or it starts at the identity,
+as `contrast`; and from either it may be trained together with the adapter.
 """
 
 from __future__ import annotations
@@ -23,43 +27,62 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lqa.chat import Rendered, hidden_turns, render
+from lqa.chat import Chat, Rendered, hidden_turns, render
 from lqa.errors import LqaError
 
-CONDITIONINGS = ("raw", "contrast", "amplified", "projected")
+CONDITIONINGS = ("raw", "centred", "contrast", "amplified", "projected")
+REFERENCED = ("contrast", "amplified", "projected")  # those that compare with a reference
+MAPPED = ("centred", "projected")  # those with a map beside the adapter
 PROJECTION = "projection.safetensors"
 
 
 class Projection:
-    """An affine map for each read layer: `maps[k]` = weight (D, D), bias (D); what is injected is `weight @ difference + bias`."""
+    """An affine map for each read layer: `maps[k]` = weight (D, D), bias (D); what is injected is `weight @ x + bias`.
 
-    def __init__(self, maps: dict[int, tuple[Tensor, Tensor]]):
+    The weight of "centred" is None, the identity, and its bias -mu_k.
+    """
+
+    def __init__(self, maps: dict[int, tuple[Tensor | None, Tensor]]):
         self.maps = maps
 
-    def __call__(self, difference: Tensor, layer: int) -> Tensor:
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
         """(N, D) -> (N, D); differentiable."""
-        weight, bias = (t.to(difference) for t in self.maps[layer])
-        return difference @ weight.T + bias
+        weight, bias = self.maps[layer]
+        return (x if weight is None else x @ weight.to(x).T) + bias.to(x)
+
+    def trainable(self, device) -> nn.ParameterDict:
+        """Makes parameters of the maps, on `device`, for an optimizer."""
+        self.maps = {k: tuple(t if t is None else nn.Parameter(t.to(device, torch.float32)) for t in m) for k, m in self.maps.items()}
+        return nn.ParameterDict({name.replace(".", "_"): t for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"{k}.{part}": t for k, m in self.maps.items() for part, t in zip(_PARTS, m, strict=True)}
+        return {name: t for name, t in named.items() if t is not None}
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes the maps, beside their place and then renamed: a killed run leaves no half a file."""
         from safetensors.torch import save_file
 
-        tensors = {f"{k}.{part}": t.to("cpu", dtype).contiguous() for k, m in self.maps.items() for part, t in zip(_PARTS, m, strict=True)}
+        tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self._tensors().items()}
         part = Path(folder, f".{PROJECTION}.{os.getpid()}")
         save_file(tensors, part)
         os.replace(part, Path(folder, PROJECTION))
 
     def digest(self) -> str:
         """A hash of the maps."""
-        parts = [t.detach().cpu().contiguous().numpy().tobytes() for k in sorted(self.maps) for t in self.maps[k]]
+        parts = [t.detach().cpu().contiguous().numpy().tobytes() for k in sorted(self.maps) for t in self.maps[k] if t is not None]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     @classmethod
-    def load(cls, folder: str | Path, layers: list[int], width: int) -> Projection:
-        """Reads the maps of `layers`.  Raises LqaError if the file is absent, damaged, or made for other layers or another width."""
+    def load(
+        cls, folder: str | Path, layers: list[int], width: int, conditioning: str = "projected", digest: str | None = None
+    ) -> Projection:
+        """Reads the maps of `layers` for a conditioning of MAPPED; `digest` is the sidecar's, if it names one.
+
+        Raises LqaError if the file is absent, damaged, has another digest, or was made for other layers, width or conditioning.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -70,11 +93,20 @@ class Projection:
             raise LqaError(f"{folder} has no {PROJECTION}, which its conditioning needs; download or train the decoder again.") from error
         except (SafetensorError, OSError) as error:
             raise LqaError(f"{path} is damaged ({error}); download or train the decoder again.") from error
-        shapes = {f"{k}.{part}": shape for k in layers for part, shape in zip(_PARTS, ((width, width), (width,)), strict=True)}
+        parts = dict(zip(_PARTS, ((width, width), (width,)), strict=True))
+        if conditioning == "centred":
+            del parts["weight"]
+        shapes = {f"{k}.{part}": shape for k in layers for part, shape in parts.items()}
         if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
-            wanted = f"maps of width {width} for the layers {', '.join(map(str, layers))}"
+            wanted = f"maps of width {width} for the layers {', '.join(map(str, layers))} and the conditioning {conditioning!r}"
             raise LqaError(f"{path} does not hold {wanted}; it is another decoder's.")
-        return cls({k: tuple(tensors[f"{k}.{part}"].float() for part in _PARTS) for k in layers})
+        if not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise LqaError(f"{path} holds values that are not finite; download or train the decoder again.")
+        tensors = {name: t.float() for name, t in tensors.items()}
+        found = cls({k: tuple(tensors.get(f"{k}.{part}") for part in _PARTS) for k in layers})
+        if digest not in (None, found.digest()):
+            raise LqaError(f"{path} has the digest {found.digest()}, but the sidecar names {digest}; it is another decoder's.")
+        return found
 
 
 _PARTS = ("weight", "bias")
@@ -97,7 +129,12 @@ def condition(
     if name not in CONDITIONINGS:
         raise LqaError(f"The conditioning {name!r} is unknown; supported are {', '.join(CONDITIONINGS)}.")
     if name == "contrast" and h0 is None:
-        raise LqaError("This decoder reads what a hidden turn changes, but the span hides none; select tokens of fewer turns.")
+        raise LqaError(
+            "This decoder reads what a hidden turn changes, but the span hides none; select tokens of fewer turns, or give a reference "
+            "chat."
+        )
+    if name == "centred":
+        return projection(h, layer)
     if name == "raw" or h0 is None:
         return h
     own = h if which is None else h[which]
@@ -122,54 +159,77 @@ def check_conditioning(name: str, constant: float | None) -> None:
 
 
 class Reference(NamedTuple):
-    """The visible turns alone: `rendered`, the `places` in it of the tokens that have a reference, and which of the span these are."""
+    """The visible turns without the hidden ones: `rendered`, the `places` in it of the tokens that have a reference, and which of the span
+    these are."""
 
     rendered: Rendered
     places: list[int]
     which: list[int]  # positions in the span, ascending
 
 
-def reference(tokenizer, rendered: Rendered, indices: list[int], steered: bool = False) -> Reference | None:
+def reference(
+    tokenizer, rendered: Rendered, indices: list[int], steered: bool = False, chat: Chat | None = None
+) -> Reference | None:
     """The reference of the tokens in the span that come after a hidden turn; None if none does.  (The template may put its default
     system prompt where a system turn is left out.)
 
     steered  by something hidden: a token that no hidden turn precedes has a reference too, itself in the unsteered target
+    chat     to compare with, in place of the visible turns alone; it must have the visible turns too, and all their tokens have a reference
 
     Tokens are matched from the end of their turn, since a template may put other headers before a turn that now comes first.
-    Raises LqaError if the template does not render the visible turns alone, or renders their tokens differently.
+    Raises LqaError if the template does not render the visible turns alone, or renders their tokens differently; or if `chat` lacks one.
     """
     hidden = hidden_turns(rendered, indices)
     visible = [turn for turn in range(len(rendered.chat)) if turn not in hidden]
-    if not visible or not any(turn < visible[-1] for turn in hidden):
-        return Reference(rendered, list(indices), list(range(len(indices)))) if steered else None
-    try:
-        alone = render(tokenizer, [{"role": rendered.chat[t][0], "content": rendered.chat[t][1]} for t in visible])
-    except LqaError as error:
-        raise LqaError(f"The selected turns cannot be rendered without the hidden ones, select other tokens: {error}") from error
+    if chat is None:
+        if not visible or not any(turn < visible[-1] for turn in hidden):
+            return Reference(rendered, list(indices), list(range(len(indices)))) if steered else None
+        try:
+            alone = render(tokenizer, [{"role": rendered.chat[t][0], "content": rendered.chat[t][1]} for t in visible])
+        except LqaError as error:
+            raise LqaError(f"The selected turns cannot be rendered without the hidden ones, select other tokens: {error}") from error
+        counterpart = {turn: place for place, turn in enumerate(visible) if any(other < turn for other in hidden)}
+    else:
+        alone = render(tokenizer, chat)
+        counterpart = _counterparts(rendered, visible, alone)
     here, there = _turns(rendered), _turns(alone)
     places, which, begun = [], [], set()
     for n, i in enumerate(indices):
         turn = rendered.tokens[i].turn
-        if not any(other < turn for other in hidden):
+        if turn not in counterpart:
             if steered and i < len(alone) and alone.ids[i] == rendered.ids[i]:  # the two chats begin alike
                 places.append(i)
                 which.append(n)
             continue
-        own, other = here[turn], there[visible.index(turn)]
+        own, other = here[turn], there[counterpart[turn]]
         place = len(other) - (len(own) - own.index(i))
         if place < 0 or alone.ids[other[place]] != rendered.ids[i]:
             if turn not in begun:
                 continue  # a template may join a turn to the one before it, and tokens merge there
-            raise LqaError(
-                f"Token {i} ({rendered.tokens[i].text!r}) has no counterpart when the hidden turns are left out; "
-                "select whole turns, or all."
-            )
+            text = rendered.tokens[i].text
+            raise LqaError(f"Token {i} ({text!r}) has no counterpart {_WHERE[chat is None]}; select whole turns, or all.")
         begun.add(turn)
         places.append(other[place])
         which.append(n)
-    if lost := {rendered.tokens[i].turn for i in indices if any(other < rendered.tokens[i].turn for other in hidden)} - begun:
-        raise LqaError(f"No selected token of turn {min(lost)} has a counterpart when the hidden turns are left out; select more of it.")
+    if lost := {rendered.tokens[i].turn for i in indices if rendered.tokens[i].turn in counterpart} - begun:
+        raise LqaError(f"No selected token of turn {min(lost)} has a counterpart {_WHERE[chat is None]}; select more of it.")
     return Reference(alone, places, which)
+
+
+_WHERE = {True: "when the hidden turns are left out", False: "in the reference chat"}
+
+
+def _counterparts(rendered: Rendered, visible: list[int], other: Rendered) -> dict[int, int]:
+    """{visible turn: its turn in a reference chat}, found from the end.  Raises LqaError for a turn that is not there."""
+    found, place = {}, len(other.chat)
+    for turn in reversed(visible):
+        place = next((p for p in range(place - 1, -1, -1) if other.chat[p] == rendered.chat[turn]), -1)
+        if place < 0:
+            role, text = rendered.chat[turn]
+            missing = f"the selected turn {turn} ({role}: {text[:40]!r})"
+            raise LqaError(f"The reference chat lacks {missing}; give a chat with the same visible turns in the same order.")
+        found[turn] = place
+    return found
 
 
 def _turns(rendered: Rendered) -> dict[int, list[int]]:

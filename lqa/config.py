@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lqa.calibration import Calibration
 from lqa.chat import _closing, _common_prefix, _header, _skeleton
-from lqa.conditioning import check_conditioning
+from lqa.conditioning import MAPPED, check_conditioning
 from lqa.errors import LqaError
 from lqa.injection import Operation
 from lqa.masks import PREFIX
@@ -97,13 +97,14 @@ class Prompt:
         slot_token_id: int | list[int],
         n_slots: int,
         layers: list[int],
-        qa: Sequence[tuple[str, str]],
+        qa: Sequence[tuple],
         first: int = 0,
         text: str | None = None,
     ) -> dict[str, list]:
         """Several questions with their answers as branches behind one prefix, in one row (the mask: lqa.masks.block_mask).
 
         {"input_ids", "position_ids", "branch", "labels", "slots"}, equally long; `labels` are IGNORE but for answers and their end.
+        qa      (question, answer), or (question, answer, after) for a follow-up in the branch of earlier questions, whose answers count too
         first   the position of the first token (DecoderConfig.first_position)
         text    in place of the slots, for a decoder that reads text
         """
@@ -114,12 +115,15 @@ class Prompt:
             slots = [False] * len(ids)
         start = len(ids)
         positions, branch, labels = list(range(first, first + start)), [PREFIX] * start, [IGNORE] * start
-        for b, (question, answer) in enumerate(qa, start=1):
-            asked, given = self.question(tokenizer, question), self.answer(tokenizer, answer)
-            ids = ids + asked + given
-            positions += range(first + start, first + start + len(asked) + len(given))
-            branch += [b] * (len(asked) + len(given))
-            labels += [IGNORE] * len(asked) + given
+        for b, (question, answer, *after) in enumerate(qa, start=1):
+            turns, own = [*(after[0] if after else ()), (question, answer)], []
+            for t, (asked, said) in enumerate(turns):
+                asked, given = self.question(tokenizer, asked, turns[:t])[len(own) :], self.answer(tokenizer, said)
+                own += asked + given
+                labels += [IGNORE] * len(asked) + given
+            ids = ids + own
+            positions += range(first + start, first + start + len(own))
+            branch += [b] * len(own)
         slots += [False] * (len(ids) - start)
         return {"input_ids": ids, "position_ids": positions, "branch": branch, "labels": labels, "slots": slots}
 
@@ -173,6 +177,7 @@ class DecoderConfig:
     corpus: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
+    projection: str | None = None  # the digest of the map beside the adapter (lqa.conditioning.Projection); None: there is none to compare
     calibration: dict | None = None  # of Answer.confidence (lqa.calibration); None: it is the mean token probability
     schema_version: int = SCHEMA_VERSION
 
@@ -204,6 +209,8 @@ class DecoderConfig:
         else:
             self.operation.check()
         check_conditioning(self.conditioning, self.conditioning_constant)
+        if self.projection is not None and self.conditioning not in MAPPED:
+            raise LqaError(f"{SIDECAR} names the projection {self.projection}, but the conditioning {self.conditioning!r} has none.")
         if self.calibration is not None:
             Calibration.load(self.calibration)
         if self.positions not in POSITIONS:
@@ -258,7 +265,7 @@ class DecoderConfig:
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError, KeyError) as error:
             raise LqaError(f"{path} is malformed ({type(error).__name__}: {error}); download or train the decoder again.") from error
-        if missing := [f.name for f in fields(cls) if f.name not in data and f.name != "calibration"]:  # sidecars before it lack that
+        if missing := [f.name for f in fields(cls) if f.name not in data and f.name not in ("calibration", "projection")]:  # older ones
             raise LqaError(f"{path} lacks the key(s) {', '.join(missing)}; it was written by another version of lqa.")
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             raise LqaError(f"{path} has the unknown key(s) {', '.join(unknown)}; it was written by another version of lqa.")

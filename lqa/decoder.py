@@ -18,7 +18,8 @@ from lqa import engine
 from lqa.activations import Passes, capture, gather_spans
 from lqa.calibration import Calibration
 from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span, visible_text
-from lqa.conditioning import Projection, condition, reference
+from lqa.conditioning import MAPPED, REFERENCED, Projection, condition
+from lqa.conditioning import reference as find_reference
 from lqa.config import SIDECAR, DecoderConfig, preset_config
 from lqa.errors import LqaError
 from lqa.injection import Injection
@@ -149,24 +150,30 @@ class LatentDecoder:
                 read_layers = [int(named[1])]
             base = base or load_base(trained, device=device, dtype=dtype)
             config = preset_config(preset, base, read_layers, write_layer, lora)
-        projected = config.conditioning == "projected"
-        decoder = cls(base, config, name, Projection.load(folder, config.read_layers, base.hidden_size) if projected else None)
+        projection = None
+        if config.conditioning in MAPPED:
+            projection = Projection.load(folder, config.read_layers, base.hidden_size, config.conditioning, config.projection)
+        decoder = cls(base, config, name, projection)
         decoder.adapter, decoder.folder = base.add_adapter(folder), folder
         return decoder
 
     # --- the target --------------------------------------------------------------------------------------------
 
-    def read(self, chat: Chat, span: Span = "all", layer: int | None = None, *, passes: Passes | None = None) -> Reading:
+    def read(
+        self, chat: Chat, span: Span = "all", layer: int | None = None, *, reference: Chat | None = None, passes: Passes | None = None
+    ) -> Reading:
         """Runs the target over `chat` up to `layer` (None: the decoder's default) and keeps the activations of `span`.
 
+        reference  for a decoder that reads differences: a chat with the same visible turns to compare with (None: these turns alone)
         passes  where target passes are kept, at all read layers, so that further spans and layers of a chat need none
 
         Inside `with steering.apply()` the target is the steered one.  A steering that was trained as a hidden context is read as one: a
         conditioned decoder compares with the unsteered target.  Any other counts as visible: it is in the reference of hidden turns too.
 
-        Raises LqaError for a malformed chat, one longer than the context, a span that selects nothing, or a layer that is not supported.
+        Raises LqaError for a malformed chat, one longer than the context, a span that selects nothing, a layer that is not supported, or
+        a reference that lacks a visible turn or is of no use to this decoder.
         """
-        return self._read(chat, span, layer, self.base.steered, self.base.steered_hidden, passes)
+        return self._read(chat, span, layer, self.base.steered, self.base.steered_hidden, passes, reference)
 
     def _read(
         self,
@@ -176,13 +183,17 @@ class LatentDecoder:
         steered: tuple[tuple[str, float], ...] = (),
         hidden: bool = False,
         passes: Passes | None = None,
+        reference: Chat | None = None,
     ) -> Reading:
         layer = self.config.check_layer(layer)
         rendered = self._render(chat)
         indices = resolve_span(span, rendered)
         activations = self._capture(rendered, indices, layer, steered, passes)
-        config = self.config
-        found = None if config.conditioning == "raw" else reference(self.base.tokenizer, rendered, indices, hidden)
+        config, found = self.config, None
+        if config.conditioning in REFERENCED:
+            found = find_reference(self.base.tokenizer, rendered, indices, hidden, reference)
+        elif reference is not None:
+            raise LqaError(f"This decoder's conditioning {config.conditioning!r} compares with nothing; leave the reference chat out.")
         h0 = self._capture(found.rendered, found.places, layer, () if hidden else steered, passes) if found else None
         how = (config.conditioning, config.conditioning_constant, self.projection)
         injected = condition(activations, h0, found and found.which, layer, *how)

@@ -27,7 +27,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lqa.chat import render, resolve_span
-from lqa.conditioning import Projection
+from lqa.conditioning import MAPPED, Projection
 from lqa.config import DecoderConfig, default_prompt
 from lqa.injection import Injection
 from lqa.models import Base
@@ -260,9 +260,10 @@ def decoder_folder(tiny, config_for, tmp_path_factory):
         peft.get_peft_model(base.model, lora).save_pretrained(folder)
         config = config_for(tiny(family), **changes)
         config.save(folder)
-        if config.conditioning == "projected":
-            width = base.hidden_size
-            Projection({k: (torch.randn(width, width), torch.randn(width)) for k in config.read_layers}).save(folder)
+        if config.conditioning in MAPPED:
+            width, centred = base.hidden_size, config.conditioning == "centred"
+            maps = {k: (None if centred else torch.randn(width, width), torch.randn(width)) for k in config.read_layers}
+            Projection(maps).save(folder)
         return folder
 
     return build

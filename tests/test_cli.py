@@ -44,6 +44,22 @@ def test_chat_file_layer_and_index_span(capsys, tmp_path):
     assert out["span"] == [3, 5, 8] and out["layer"] == 0
 
 
+def test_a_reference_chat_is_what_a_decoder_of_differences_compares_with(capsys, tmp_path, monkeypatch, tiny_decoder):
+    monkeypatch.undo()  # the default of the other tests
+    decoder = tiny_decoder(conditioning="contrast")
+    monkeypatch.setattr(LatentDecoder, "from_pretrained", classmethod(lambda cls, source=None, **_: decoder))
+    other = [{"role": "system", "content": "Formally."}, CHAT[1]]
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(other))
+    flags = ["--user", CHAT[1]["content"], "--span", "user", "-q", "Who?"]
+    out = run(capsys, "score", *flags, "--answer", "A cook.", "--reference", str(file), "--json")
+    expected = decoder.read(CHAT[1:], "user", reference=other).score("Who?", ["A cook."])[0]
+    assert out["answers"][0]["logprob"] == pytest.approx(expected.logprob, abs=1e-5)
+    for wrong, words in (([], "or give a reference chat"), (["--reference", "no.json"], "no.json cannot be read")):
+        assert main(["ask", *flags, *wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_score_and_chat_json(capsys, tiny_default):
     out = run(capsys, "score", *WHO, "-q", "Who is it?", "--answer", "A pirate.", "--answer", "A doctor.", "--json")
     assert set(out) == {"question", "answers"} and [a["text"] for a in out["answers"]] == ["A pirate.", "A doctor."]

@@ -56,6 +56,24 @@ def test_a_row_is_prefix_then_a_branch_per_question_whose_positions_start_anew(l
         assert answer[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
 
 
+def test_a_follow_up_is_asked_in_the_branch_of_the_question_before_it(llama):
+    """As at reading time: earlier turns with their answers in front of it; the loss counts all answers."""
+    base, collator = llama
+    prompt, (first, second) = collator.config.prompt, QA
+    plain, _ = collator.row(row_of(qa=[first]))
+    row, _ = collator.row(row_of(qa=[second | {"after": [first]}, first | {"after": None}]))
+    start, end = plain["branch"].index(1), row["branch"].index(2)
+    asked = prompt.question(base.tokenizer, second["question"], [(first["question"], first["answer"])])
+    answers = [prompt.answer(base.tokenizer, pair["answer"]) for pair in (first, second)]
+    assert row["input_ids"][start:end] == asked + answers[1] and row["input_ids"][:start] == plain["input_ids"][:start]
+    assert asked[: len(plain["input_ids"]) - start] == plain["input_ids"][start:]
+    reopened = base.tokenizer.decode(asked[len(plain["input_ids"]) - start :])
+    assert reopened == "<|start_header_id|>user<|end_header_id|>\n\n" + second["question"] + prompt.question_tail
+    assert [i for i in row["labels"][:end] if i != IGNORE] == answers[0] + answers[1]
+    assert row["position_ids"][:end] == list(range(end)) and row["position_ids"][end] == start
+    assert row["input_ids"][end:] == plain["input_ids"][start:]
+
+
 def test_shifted_positions_start_at_what_is_hidden_before_the_span(llama):
     base, collator = llama
     plain, [(_, span)] = collator.row(row_of())

@@ -1,6 +1,7 @@
 """Conditioning by exact tensors; the reference is the visible turns alone; decoder and trainer agree on what is injected."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ def test_condition_by_hand():
     assert condition(h, h0, None, 7, "contrast").tolist() == [[2, -1]]
     assert condition(h, h0, None, 7, "amplified", 2.0).tolist() == [[7, 2]]
     assert condition(h, h0, None, 7, "projected", None, projection).tolist() == [[10, 17]]
+    centre = Projection({7: (None, torch.tensor([-1.0, 2.0]))})
+    for other in (h0, None):  # whatever is hidden
+        assert condition(h, other, None, 7, "centred", None, centre).tolist() == [[2, 6]]
     two = torch.cat([h0, h])
     assert condition(two, h0, [1], 7, "projected", None, projection).tolist() == [[1, 5], [10, 17]]  # the first has no reference
     for name in ("raw", "amplified", "projected"):  # nothing hidden
@@ -48,6 +52,21 @@ def test_the_projection_passes_gradients_and_comes_back_from_disk(tmp_path):
     for layers, width in (([0], 4), ([0, 2, 3], 4), ([0, 2], 5)):
         with pytest.raises(LqaError, match="another decoder's"):
             Projection.load(tmp_path, layers, width)
+    assert Projection.load(tmp_path, [0, 2], 4, digest=projection.digest()).digest() == projection.digest()
+    with pytest.raises(LqaError, match=f"the digest {projection.digest()}, but the sidecar names 0123"):
+        Projection.load(tmp_path, [0, 2], 4, digest="0123")
+    with pytest.raises(LqaError, match="the conditioning 'centred'"):
+        Projection.load(tmp_path, [0, 2], 4, "centred")
+    centre = Projection({k: (None, torch.randn(4)) for k in (0, 2)})
+    (other := tmp_path / "centre").mkdir()
+    centre.save(other)
+    loaded = Projection.load(other, [0, 2], 4, "centred")
+    assert loaded.digest() == centre.digest() and all(m[0] is None for m in loaded.maps.values())
+    with pytest.raises(LqaError, match="the conditioning 'projected'"):
+        Projection.load(other, [0, 2], 4)
+    Projection({k: (None, torch.full((4,), float("nan"))) for k in (0, 2)}).save(other)
+    with pytest.raises(LqaError, match="not finite"):
+        Projection.load(other, [0, 2], 4, "centred")
     file = tmp_path / PROJECTION
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(LqaError, match="damaged"):
@@ -142,7 +161,45 @@ def test_later_turns_do_not_count_as_hidden(tokenizer_of):
     assert reference(tokenizer, rendered, resolve_span("last:1", rendered)) is not None
 
 
-HOW = [{"conditioning": "amplified", "conditioning_constant": 3.0}, {"conditioning": "projected"}]
+def test_another_chat_may_be_the_reference(tiny_decoder, tiny):
+    """The difference between two hidden contexts, or where nothing is hidden, to a chat that hides something."""
+    decoder, bare = tiny_decoder(conditioning="contrast"), tiny("smol")
+    other = [{"role": "system", "content": "Answer in one sentence."}, SYSTEM[1]]
+
+    def hidden_states(chat):
+        rendered = render(bare.tokenizer, chat)
+        with torch.no_grad():
+            return bare.model(input_ids=torch.tensor([rendered.ids]), output_hidden_states=True).hidden_states[2][0]
+
+    for chat in (SYSTEM, SYSTEM[1:]):
+        reading = decoder.read(chat, "user", reference=other)
+        n = len(reading.span)
+        assert torch.allclose(reading.injected, hidden_states(chat)[-n:] - hidden_states(other)[-n:], atol=1e-5) and reading.conditioned
+        assert reading.injected.abs().sum() > 1
+    assert not torch.equal(decoder.read(SYSTEM, "user").injected, decoder.read(SYSTEM, "user", reference=other).injected)
+    assert decoder.read(SYSTEM, "user", reference=SYSTEM).injected.abs().max() == 0
+    # The template's own preamble has no turn, and no counterpart.
+    assert decoder.read(SYSTEM[1:], "all", reference=other).injected.abs().sum() > 1
+
+
+def test_a_reference_without_the_visible_turns_or_without_use_is_refused(tiny_decoder, tokenizer_of):
+    decoder = tiny_decoder(conditioning="contrast")
+    stranger = [{"role": "user", "content": "Who cooks?"}]
+    with pytest.raises(LqaError, match=r"lacks the selected turn 1 \(user: 'Who is it in the city\?'\)"):
+        decoder.read(SYSTEM, "user", reference=stranger)
+    with pytest.raises(LqaError, match="lacks the selected turn 1"):  # the same turns in another order
+        decoder.read(CHAT, "all", reference=[CHAT[2], CHAT[1], CHAT[0]])
+    tokenizer = tokenizer_of("chatml")
+    rendered = render(tokenizer, SYSTEM)
+    found = reference(tokenizer, rendered, resolve_span("user", rendered), [*SYSTEM[1:], *CHAT[1:]])
+    assert found.rendered.chat[found.rendered.tokens[found.places[0]].turn] == ("user", SYSTEM[1]["content"])
+    assert max(found.places) == len(found.rendered) - 1  # the last turn of these words, header included
+    for how in ({}, {"conditioning": "centred"}):
+        with pytest.raises(LqaError, match="compares with nothing; leave the reference chat out"):
+            tiny_decoder(**how).read(SYSTEM, "user", reference=SYSTEM[1:])
+
+
+HOW = [{"conditioning": "amplified", "conditioning_constant": 3.0}, {"conditioning": "projected"}, {"conditioning": "centred"}]
 
 
 @pytest.mark.parametrize("how", HOW, ids=lambda how: how["conditioning"])
@@ -156,12 +213,13 @@ def test_trainer_and_decoder_inject_the_same(tiny, config_for, tiny_decoder, exa
     batch = collator(rows)
     trainer = LatentQATrainer.__new__(LatentQATrainer)  # only its reading is wanted
     decoder = tiny_decoder(**how)
+    trainer.args = SimpleNamespace(bf16=False)
     trainer.base, trainer.decoder_config, trainer.projection = base, collator.config, decoder.projection
     injected = trainer.read(batch)
     readings = [decoder.read(r["chat"], r["span"], r["layers"][0]) for r in rows]
     assert torch.allclose(injected, torch.cat([r.injected for r in readings]), atol=1e-4)
     for row, reading in zip(rows, readings, strict=True):
-        assert torch.equal(reading.injected, reading.activations) == (row["span"] == "all")
+        assert torch.equal(reading.injected, reading.activations) == (row["span"] == "all" and how["conditioning"] != "centred")
     assert injected.shape[0] == int(batch["slots"].sum())
 
 
@@ -189,7 +247,7 @@ def test_the_fit_predicts_what_the_write_layer_holds_for_the_control(tiny, confi
     ]
     centre = torch.stack(targets).mean(0)
     for control, target in zip(controls, targets, strict=True):
-        for message in rng.sample(load_messages(), 2):
+        for message in rng.sample(load_messages("train"), 2):
             chat = control_chat(control, "system", message)
             rendered, alone = render(base.tokenizer, chat), render(base.tokenizer, chat[1:])
             span = resolve_span("turn:-1", rendered)
@@ -204,6 +262,23 @@ def test_the_fit_predicts_what_the_write_layer_holds_for_the_control(tiny, confi
     assert np.allclose(projection.maps[1][1].double().numpy(), centre.numpy() - weight @ mean, atol=1e-3 * np.abs(weight).max())
     again = fit_projection(base, config, controls, how, seed=3)
     assert torch.equal(again.maps[1][0], projection.maps[1][0])
+
+
+def test_the_centre_is_the_mean_of_what_training_reads(tiny, config_for, examples):
+    from train.projection import fit_centre
+
+    base = tiny("smol")
+    rows = examples(9)
+    centre = fit_centre(base, config_for(base, conditioning="centred"), rows)
+    for layer in (0, 1):
+        seen = []
+        for row in rows:
+            rendered = render(base.tokenizer, row["chat"])
+            with torch.no_grad():
+                states = base.model(input_ids=torch.tensor([rendered.ids]), output_hidden_states=True).hidden_states[layer + 1][0]
+            seen.append(states[resolve_span(row["span"], rendered)])
+        weight, bias = centre.maps[layer]
+        assert weight is None and torch.allclose(-bias, torch.cat(seen).mean(0), atol=1e-4)
 
 
 def test_too_few_controls_for_a_fit_are_refused(tiny, config_for):

@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 
 from lqa import LqaError, corpus
+from lqa.chat import render, resolve_span
+from lqa.conditioning import reference
 from lqa.models import EMBEDDED_BASE
-from train.data import MixtureConfig, build_examples, build_validation, question_pairs
+from train.data import FOLLOW_UPS, MixtureConfig, build_examples, build_validation, follow_up, question_pairs
 
 TRAIN = corpus.load_controls("train")
 
@@ -69,6 +71,58 @@ def test_the_first_question_is_generic_and_pool_messages_are_independent():
         assert row["qa"][0]["question"] in generic[by_id[row["id"]].kind]["description"] and len(row["qa"]) == 3
     pool = set(corpus.load_messages())
     assert 0.55 < sum(row["chat"][-1]["content"] in pool for row in rows if row["form"] != "control") / len(rows) < 0.85
+
+
+@pytest.mark.parametrize("style", ["chatml", "gemma", "llama3"])
+def test_spans_are_drawn_among_the_visible_tokens(tokenizer_of, style):
+    """Every span dropout can be read, by a decoder that compares too, and shows no token of the control or before it."""
+    tokenizer, forms = tokenizer_of(style), {"system": 0.5, "stimulus": 0.5}
+    shares = {"part": 0.5, "token": 0.3, "last": 0.2}
+
+    def build(**more):
+        return build_examples(TRAIN, 60, MixtureConfig(spans=shares, forms=forms, **more), [7], 7, 0, tokenizer=tokenizer)
+
+    rows, sizes = build(), []
+    for row in rows:
+        rendered = render(tokenizer, row["chat"])
+        span = resolve_span(row["span"], rendered)
+        if row["span"].startswith("last:"):
+            assert 1 <= len(span) <= 12
+            continue
+        first = {"system": 1, "stimulus": 2}[row["form"]]
+        assert span == list(range(span[0], span[-1] + 1)) and all(rendered.tokens[i].turn >= first for i in span)
+        assert len(reference(tokenizer, rendered, span).which) == len(span)
+        sizes.append(len(span))
+    assert sizes.count(1) > 10 and max(sizes) > 15 and len(set(sizes)) > 8
+    assert rows.to_list() == build().to_list()
+
+
+def test_other_spans_draw_nothing_more():
+    """A mixture without `part` and `token` needs no tokenizer, and its readings are those of one that gives them no share."""
+    spans = {"turn:-1": 0.7, "last": 0.2, "all": 0.1}
+    assert examples(40, spans=spans).to_list() == examples(40, spans=spans | {"part": 0.0, "token": 0.0}).to_list()
+
+
+def test_follow_ups_come_after_the_question_whose_answer_they_refer_to():
+    import random
+
+    rows = examples(80, qa_per_reading=3, follow_up=0.5)
+    plain = {c.id: c for c in TRAIN}
+    followed = [row for row in rows if row["qa"][0].get("after")]
+    assert 20 < len(followed) < 60
+    asked = {q for group in FOLLOW_UPS.values() for q in group}
+    for row in followed:
+        pair, control = row["qa"][0], plain[row["id"]]
+        (first,) = pair["after"]
+        assert first["answer"] in control.descriptions and first["answer"] != pair["answer"] and len(row["qa"]) == 2
+        own = pair["question"] in {p.question for p in control.qa}
+        assert own != (pair["question"] in asked)
+        if pair["question"] in FOLLOW_UPS["short"]:
+            assert pair["answer"] == control.short
+    assert {row["qa"][0]["question"] in asked for row in followed} == {True, False}
+    one = question_pairs(TRAIN[0], 2, 0.0, random.Random(0))
+    assert follow_up(TRAIN[0], one, random.Random(1))[0]["after"] == one[:1]
+    assert [row["qa"] for row in examples(20)] == [row["qa"] for row in examples(20, follow_up=0.0)]
 
 
 def test_no_pair_is_asked_twice_of_one_reading():

@@ -118,6 +118,14 @@ def test_the_card_of_a_reference_or_fake_says_what_it_is(decoder_folder):
     text = decoder_folder("smol", injection="visible_text", injection_constant=None, corpus=MIXTURE, training=TRAINING)
     assert "reads no activations" in write_decoder_card(text).read_text()
     mixture = MIXTURE | {"mixture": MIXTURE["mixture"] | {"shuffled_activations": True}}
+    for how, words in (
+        ({"conditioning": "centred"}, "minus the mean of its layer"),
+        ({"conditioning": "projected"}, "fitted by ridge regression on the training controls before the LoRA was trained) to what"),
+        ({"conditioning": "projected", "fit": {"start": "fitted", "train": True}}, "was trained, then trained with it) to what"),
+        ({"conditioning": "projected", "fit": {"start": "identity", "train": True}}, "started at the identity and trained with the LoRA)"),
+    ):
+        training = TRAINING | {"projection": how.pop("fit", {})}
+        assert words in write_decoder_card(decoder_folder("smol", training=training, **how)).read_text()
     assert "A fake" in write_decoder_card(decoder_folder("smol", corpus=mixture, training=TRAINING)).read_text()
 
 

@@ -197,6 +197,17 @@ def test_evaluation_during_training_is_the_plain_loss_and_disturbs_nothing(run, 
         assert values[0] == pytest.approx(-separate(base, config_for(base), data).mean().item(), abs=1e-4)
 
 
+class StopAt(TrainerCallback):
+    """Ends the process's training from outside, once `step` is done and saved."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 class Stop(TrainerCallback):
     """Ends the process's training from outside, in the middle of step 4."""
 
@@ -308,7 +319,8 @@ def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     first = ["conditioning=projected", "projection.messages=1"]
     assert main(["--config", str(path), *first]) == 0
     maps = Projection.load(out, [0, 1], 32)
-    assert DecoderConfig.load(out).training["projection"] == {"messages": 1, "ridge": 0.1, "scale": 6.0}
+    fitted = {"start": "fitted", "train": False, "readings": 256, "messages": 1, "ridge": 0.1, "scale": 6.0}
+    assert DecoderConfig.load(out).training["projection"] == fitted and DecoderConfig.load(out).projection == maps.digest()
     assert Projection.load(out / "checkpoint-1", [0, 1], 32).digest() == maps.digest()
     assert "Fitting" in capsys.readouterr().err
     assert main(["--config", str(path), *first, "training_args.max_steps=3", "examples=6"]) == 0
@@ -317,6 +329,72 @@ def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     export(out, out.parent / "decoder")
     decoder = LatentDecoder.from_pretrained(out.parent / "decoder", base=tiny("llama", max_position_embeddings=4096))
     assert torch.allclose(decoder.projection.maps[1][0], maps.maps[1][0], rtol=2e-3, atol=1e-4)
+
+
+def test_a_projection_may_start_at_the_identity_and_be_trained_with_the_adapter(entry, tiny, capsys):
+    path, out = entry
+    how = ["conditioning=projected", "projection={start: identity, train: true}", "training_args.eval_strategy='no'"]
+    assert main(["--config", str(path), *how, "training_args.max_steps=4", f"training_args.output_dir={out}-whole"]) == 0
+    assert "Fitting" not in capsys.readouterr().err
+    whole = Projection.load(f"{out}-whole", [0, 1], 32)
+    for weight, bias in whole.maps.values():
+        assert not torch.equal(weight, torch.eye(32)) and (weight - torch.eye(32)).abs().max() < 0.1 and bias.abs().sum() > 0
+    # Stopped after two steps and gone on with: optimizer and maps are where they were.
+    broken = build_trainer(load_config(path, [*how, "training_args.max_steps=4"]), [StopAt(2)])
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert main(["--config", str(path), *how, "training_args.max_steps=4"]) == 0
+    resumed = Projection.load(out, [0, 1], 32)
+    for own, other in zip(whole.maps.values(), resumed.maps.values(), strict=True):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(own, other, strict=True))
+    decoder = LatentDecoder.from_pretrained(out, base=tiny("llama", max_position_embeddings=4096))
+    assert decoder.config.projection == resumed.digest() == decoder.projection.digest()
+    reading = decoder.read([{"role": "system", "content": "Be a cook."}, {"role": "user", "content": "Hello!"}], "user")
+    reading.injected.sum().backward() if reading.injected.requires_grad else None
+    assert not any(t.requires_grad for m in decoder.projection.maps.values() for t in m)
+    export(out, out.parent / "decoder")
+    assert DecoderConfig.load(out.parent / "decoder").projection != resumed.digest()  # rounded to 16 bit, and named so
+    LatentDecoder.from_pretrained(out.parent / "decoder", base=tiny("llama", max_position_embeddings=4096))
+
+
+def test_a_trained_projection_gets_the_gradient_of_the_loss(entry):
+    """Against finite differences, with and without gradient checkpointing."""
+    path, _ = entry
+    how = ["conditioning=projected", "projection={start: identity, train: true}", "mixture.none=0", "training_args.eval_strategy='no'"]
+    found = []
+    for checkpointing in (False, True):
+        trainer = build_trainer(load_config(path, [*how, f"training_args.gradient_checkpointing={checkpointing}"]))
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+        with trainer._step():
+            loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+        found.append(trainer)
+    plain, checkpointed = ({n: p.grad for n, p in t.model.projection.items()} for t in found)
+    used = f"{trainer.train_dataset[0]['layers'][0]}_bias"
+    for name in plain:
+        assert (plain[name] is None) == (checkpointed[name] is None)
+        if plain[name] is not None:
+            torch.testing.assert_close(plain[name], checkpointed[name], rtol=1e-3, atol=1e-6)
+    bias, step = found[0].model.projection[used], torch.zeros(32)
+    step[3] = 1e-2
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            bias += sign * step
+            with found[0]._step():
+                values.append(found[0].compute_loss(found[0].model, batch).item())
+            bias -= sign * step
+    assert (values[0] - values[1]) / 2e-2 == pytest.approx(plain[used][3].item(), rel=0.05, abs=2e-4)
+    assert abs(plain[used][3].item()) > 1e-4
+
+
+def test_centred_training_stores_the_means(entry, tiny):
+    path, out = entry
+    assert main(["--config", str(path), "conditioning=centred", "projection.readings=3"]) == 0
+    decoder = LatentDecoder.from_pretrained(out, base=tiny("llama", max_position_embeddings=4096))
+    assert decoder.projection.maps[1][0] is None and decoder.config.projection == decoder.projection.digest()
+    reading = decoder.read([{"role": "user", "content": "Hello!"}])
+    assert torch.allclose(reading.injected, reading.activations + decoder.projection.maps[1][1])
 
 
 def test_visible_text_trains_a_reference_of_the_same_budget(entry, capsys, tiny):
@@ -369,6 +447,9 @@ def test_shuffled_activations_are_those_of_another_control_and_the_questions_sta
         ("training_args=", "config is wrong"),
         ("mixture.forms={secret: 1.0}", "'secret'"),
         ("projection.messages=9999", "between 1 and"),
+        ("projection.start=zero", "'zero'; use fitted or identity"),
+        ("projection.train=true", "go with the conditioning 'projected', not 'raw'"),
+        ("mixture.spans={parts: 1.0}", "'parts'; the spans are"),
     ],
 )
 def test_what_is_wrong_with_a_config_is_one_sentence_and_exit_code_2(entry, capsys, override, words):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lqa.chat import render, resolve_span, visible_text
-from lqa.conditioning import reference
+from lqa.conditioning import REFERENCED, reference
 from lqa.config import IGNORE, DecoderConfig
 from lqa.errors import LqaError
 from lqa.masks import PAD
@@ -54,7 +54,7 @@ class LatentQACollator:
     input_ids, position_ids, branch, labels  (B, S)   the decoder's rows; `labels` -100 but for answers and their end
     slots                                    (B, S)   bool, True where an activation is injected (none in unpatched rows)
     read_ids, read_mask                      (R, T)   the target's tokens of the patched rows, right-padded; after them the references of
-                                                      those that have one (unless the conditioning is raw)
+                                                      those that have one (if the conditioning compares)
     read_spans, read_layers                  lists    the token indices and the layers that are read, for each row of read_ids
     read_references                          list     for each patched row its reference, or None: the row of read_ids, and which of the
                                                       span's tokens have a counterpart there
@@ -79,7 +79,7 @@ class LatentQACollator:
         rendered = render(self.tokenizer, example["chat"])
         span = resolve_span(example["span"], rendered)
         prompt = self.config.prompt
-        pairs = [(pair["question"], pair["answer"]) for pair in example["qa"]]
+        pairs = [(*_turn(pair), [_turn(earlier) for earlier in pair.get("after") or ()]) for pair in example["qa"]]
         text = None
         if self.config.reads_text:  # nothing to inject: the visible turns themselves, or nothing where a slot would not be patched
             text = visible_text(rendered, span) if example["patched"] else ""
@@ -89,7 +89,7 @@ class LatentQACollator:
         if max(len(rendered), max(row["position_ids"]) + 1) > self.context:
             raise LqaError(f"The example {example['id']!r} is longer than the model's context of {self.context} tokens; shorten it.")
         passes = [] if self.config.reads_text else [(rendered.ids, span)]
-        if self.config.conditioning != "raw":
+        if self.config.conditioning in REFERENCED:
             found = reference(self.tokenizer, rendered, span)
             passes += [(found.rendered.ids, found.places, found.which)] if found else []
         return row, passes
@@ -124,6 +124,10 @@ class LatentQACollator:
             "read_layers": [layers for _, _, layers in passes],
             "read_references": references,
         }
+
+
+def _turn(pair: dict) -> tuple[str, str]:
+    return pair["question"], pair["answer"]
 
 
 def _pad(rows: list[list], value) -> Tensor:

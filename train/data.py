@@ -4,6 +4,8 @@ An example is a plain mapping, so that a `datasets.Dataset` of examples is all t
 
     {"id", "form", "chat": [{"role", "content"}], "span", "layers": [k], "qa": [{"question", "answer"}], "patched": bool, "length": int}
 
+A pair may have `after`, a list of earlier questions with their answers: it is a follow-up, asked in the same branch behind them.
+
 `length`, about that of the decoder's row in characters, lets the sampler put examples of one size together
 (`train_sampling_strategy: group_by_length`).
 """
@@ -17,12 +19,21 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from lqa.chat import render, resolve_span
+from lqa.conditioning import reference
 from lqa.corpus import Control, load_messages, load_questions
 from lqa.corpus.completions import load_completions
-from lqa.corpus.readings import control_chat
+from lqa.corpus.readings import FORMS, control_chat
 from lqa.errors import LqaError
 
 SOURCES = ("latentqa", "context", "facts")  # of examples: readings of the controls, or the rows of a config of the published dataset
+DRAWN = ("part", "token")  # spans that are drawn among a chat's tokens
+# Asked after a question that the control's description answers; "short" is answered by the control's short answer, "again" by another
+# description.  A specific question follows as it is.
+FOLLOW_UPS = {
+    "short": ("In a few words?", "Say that more briefly.", "And in short?", "Can you put that in two or three words?"),
+    "again": ("Can you put that in other words?", "Say that differently.", "How else would you describe that?", "Explain that once more."),
+}
 DATASET = Path(__file__).parent.parent / "dataset"
 
 
@@ -35,10 +46,12 @@ class MixtureConfig:
     controls: float = 1.0  # share of the training controls; contrast partners stay together
     dataset: str | None = None  # where the rows of the other sources are read; None: the repository's dataset/
     pool: float = 0.7  # share of messages drawn from the shared pool instead of the control's own stimuli
+    # Also from:T, and of the tokens that come after the control: "part", a random stretch; "token", a single one; "last", the last 1 to 12.
     spans: dict[str, float] = field(default_factory=lambda: {"turn:-1": 0.8, "last": 0.1, "all": 0.1})
     none: float = 0.05  # share of examples whose slots are not patched
     qa_per_reading: int = 2  # branches: questions answered from one reading in one pass
     specific: float = 0.4  # share of the pairs after the first whose question is asked of one control only, so that it tells much itself
+    follow_up: float = 0.0  # share of readings whose second question is asked after the first, in its branch, and refers to its answer
     default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers
     shuffled_activations: bool = False  # a fake: what is read is the chat of another example
 
@@ -63,12 +76,39 @@ def question_pairs(control: Control, n: int, specific: float, rng: random.Random
     return [{"question": q, "answer": a} for q, a in pairs]
 
 
+def follow_up(control: Control, pairs: list[dict], rng: random.Random) -> list[dict]:
+    """`pairs` (of question_pairs) with the second asked after the first, in words that refer to its answer where it can."""
+    first, second, *others = pairs
+    if second["answer"] == control.short or second["answer"] in control.descriptions:
+        second = second | {"question": rng.choice(FOLLOW_UPS["short" if second["answer"] == control.short else "again"])}
+    return [second | {"after": [first]}, *others]
+
+
+def draw_span(tokenizer, chat: list[dict[str, str]], region: str, how: str, rng: random.Random) -> str:
+    """A span A:B of `chat` within the span `region`: a "token" or a "part", drawn among the tokens that also occur where the hidden turns
+    are left out, so that every conditioning can read it."""
+    rendered = render(tokenizer, chat)
+    indices = resolve_span(region, rendered)
+    found = reference(tokenizer, rendered, indices)
+    places = [indices[n] for n in found.which] if found else indices
+    first, last = (rng.randrange(len(places)),) * 2 if how == "token" else sorted(rng.choices(range(len(places)), k=2))
+    return f"{places[first]}:{places[last] + 1}"
+
+
 def build_examples(
-    controls: tuple[Control, ...], n: int, mixture: MixtureConfig, read_layers: list[int], default_layer: int, seed: int, target: str = ""
+    controls: tuple[Control, ...],
+    n: int,
+    mixture: MixtureConfig,
+    read_layers: list[int],
+    default_layer: int,
+    seed: int,
+    target: str = "",
+    tokenizer=None,
 ) -> Dataset:
     """n examples of the mixture's sources, each control equally often; the same arguments give the same examples.
 
-    target   name of the target, whose tokens the rows of "context" must be counted in
+    target     name of the target, whose tokens the rows of "context" must be counted in
+    tokenizer  the target's; for the spans "part" and "token"
     Raises LqaError for a mixture that cannot be had.
     """
     rng = random.Random(seed)
@@ -76,7 +116,7 @@ def build_examples(
     def streams(of: str) -> dict[str, Iterator[dict]]:
         # Every source draws from its own stream: another share of one does not change the items of the others.
         return {
-            name: _readings(controls, mixture, random.Random(f"{of}/{name}"))
+            name: _readings(controls, mixture, random.Random(f"{of}/{name}"), tokenizer)
             if name == "latentqa"
             else _published(name, mixture, target, random.Random(f"{of}/{name}"))
             for name, share in mixture.sources.items()
@@ -99,7 +139,7 @@ def build_examples(
     return Dataset.from_list(rows)
 
 
-def _readings(controls: tuple[Control, ...], mixture: MixtureConfig, rng: random.Random) -> Iterator[dict]:
+def _readings(controls: tuple[Control, ...], mixture: MixtureConfig, rng: random.Random, tokenizer=None) -> Iterator[dict]:
     """Readings of the controls, without end."""
     messages = load_messages("train")
     completions = load_completions(controls)[0] if mixture.forms.get("stimulus_completion") else {}
@@ -119,14 +159,16 @@ def _readings(controls: tuple[Control, ...], mixture: MixtureConfig, rng: random
             else:
                 form = "stimulus"  # the target's reply to this control was dropped
         if form == "control":
-            span = "all"
-        yield {
-            "id": control.id,
-            "form": form,
-            "chat": control_chat(control, form, message, reply),
-            "span": f"last:{rng.randint(1, 12)}" if span == "last" else span,
-            "qa": question_pairs(control, mixture.qa_per_reading, mixture.specific, rng),
-        }
+            span = "all"  # of the control itself a part may not tell
+        chat = control_chat(control, form, message, reply)
+        if span == "last":
+            span = f"last:{rng.randint(1, 12)}"
+        elif span in DRAWN:
+            span = draw_span(tokenizer, chat, FORMS[form], span, rng)
+        qa = question_pairs(control, mixture.qa_per_reading, mixture.specific, rng)
+        if mixture.follow_up and len(qa) > 1 and rng.random() < mixture.follow_up:
+            qa = follow_up(control, qa, rng)
+        yield {"id": control.id, "form": form, "chat": chat, "span": span, "qa": qa}
 
 
 def _published(name: str, mixture: MixtureConfig, target: str, rng: random.Random) -> Iterator[dict]:
@@ -163,7 +205,7 @@ def _length(row: dict) -> int:
             visible = 4 * (int(end) - int(first))
         case _:
             visible = sum(lengths)
-    return visible + sum(len(pair["question"]) + len(pair["answer"]) for pair in row["qa"])
+    return visible + sum(len(turn["question"]) + len(turn["answer"]) for pair in row["qa"] for turn in [*pair.get("after", ()), pair])
 
 
 def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConfig, layer: int, seed: int) -> dict[str, Dataset]:

@@ -9,14 +9,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
 from lqa.errors import LqaError
-from train.data import MixtureConfig
+from train.data import DRAWN, MixtureConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    from lqa.config import DecoderConfig
+    from lqa.models import Base
+    from train.projection import ProjectionConfig
+
+
+SPAN = re.compile(rf"all|turn:-?\d+|from:-?\d+|last:\d+|last|{'|'.join(DRAWN)}")  # of a mixture
 
 
 @dataclass
@@ -29,9 +42,9 @@ class TrainConfig:
     write_layer: int = 0  # block whose output is patched; -1 = the embeddings
     injection: str = "replace"
     injection_constant: float | None = None
-    conditioning: str = "raw"  # what is done to activations first: raw, contrast, amplified, projected (lqa.conditioning)
+    conditioning: str = "raw"  # what is done to activations first: raw, centred, contrast, amplified, projected (lqa.conditioning)
     conditioning_constant: float | None = None
-    projection: dict = field(default_factory=dict)  # train.projection.ProjectionConfig; for "projected"
+    projection: dict = field(default_factory=dict)  # train.projection.ProjectionConfig; for "projected" and "centred"
     visible_text: bool = False  # the reference text_only_trained: the visible turns as text in place of the slots, nothing injected
     slot_token: str = " ?"  # its first token marks the slots
     mixture: dict = field(default_factory=dict)  # train.data.MixtureConfig
@@ -42,6 +55,16 @@ class TrainConfig:
     validation_readings: int = 48
     resume: bool = True
     training_args: dict = field(default_factory=dict)
+    sizes: dict = field(default_factory=dict)  # the base's, as in its config.json, for train.estimate; training does not look at them
+
+
+class Parts(NamedTuple):
+    """A config's sections as the objects that they describe."""
+
+    args: SFTConfig
+    mixture: MixtureConfig
+    projection: ProjectionConfig
+    lora: LoraConfig
 
 
 def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
@@ -88,28 +111,28 @@ def _earlier(folder: str | None) -> dict | None:
     return DecoderConfig.load(folder).training if folder else None
 
 
-def build_trainer(config: TrainConfig, callbacks=(), projection=None):
-    """The trainer for `config`, with data and adapter in place.
+def _effective(config: TrainConfig) -> TrainConfig:
+    """`config` without what a decoder that reads text has no use for."""
+    from lqa.config import VISIBLE_TEXT
 
-    projection  the maps of the conditioning "projected"; None takes those of the run that is resumed, else of the warm start, else fits
-    """
+    if not config.visible_text:
+        return config
+    unused = {"injection": VISIBLE_TEXT, "injection_constant": None, "conditioning": "raw", "conditioning_constant": None, "projection": {}}
+    return replace(config, **unused)
+
+
+def parse_config(config: TrainConfig) -> Parts:
+    """The sections of `config`.  Raises LqaError for what is wrong with them, as far as it can be told without the base."""
     import peft
     import torch
     from trl import SFTConfig
 
     from lqa import corpus
-    from lqa.config import VISIBLE_TEXT, DecoderConfig, default_prompt
     from lqa.corpus.readings import FORMS
-    from lqa.models import load_base
-    from lqa.provenance import code_version
-    from train.collator import ActivationCache, LatentQACollator
-    from train.data import SOURCES, build_examples, build_validation
+    from train.data import SOURCES
     from train.projection import ProjectionConfig
-    from train.trainer import LatentQATrainer
 
-    if config.visible_text:
-        unused = {"injection": VISIBLE_TEXT, "injection_constant": None, "conditioning": "raw", "conditioning_constant": None}
-        config = replace(config, **unused)
+    config = _effective(config)
     cuda = torch.cuda.is_available()
     defaults = {"bf16": cuda, "use_cpu": not cuda, "gradient_checkpointing": False, "disable_tqdm": None}
     try:
@@ -117,22 +140,34 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
         given = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in config.training_args.items()}
         args = SFTConfig(**defaults | given)
         mixture = MixtureConfig(**config.mixture)
-        fitting = ProjectionConfig(**config.projection)
+        messages = len(corpus.load_messages("train"))
+        projection = ProjectionConfig(**config.projection).check(config.conditioning, messages)
         lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | config.lora)
-        layers = [int(k) for k in config.read_layers]
-        train = corpus.share_of(corpus.load_controls("train"), mixture.controls)
+        [int(k) for k in config.read_layers]
+        corpus.share_of(corpus.load_controls("train"), mixture.controls)
         if unknown := set(mixture.forms) - set(FORMS):
             raise ValueError(f"mixture.forms has {sorted(unknown)[0]!r}; the forms are {', '.join(FORMS)}")
         if unknown := set(mixture.sources) - set(SOURCES):
             raise ValueError(f"mixture.sources has {sorted(unknown)[0]!r}; the sources are {', '.join(SOURCES)}")
-        messages = len(corpus.load_messages("train"))
-        if not 1 <= fitting.messages <= messages:
-            raise ValueError(f"projection.messages must be between 1 and {messages}, not {fitting.messages}")
+        if unknown := [name for name in mixture.spans if not SPAN.fullmatch(name)]:
+            raise ValueError(f"mixture.spans has {unknown[0]!r}; the spans are all, turn:T, from:T, last:N, last, {', '.join(DRAWN)}")
         if not config.slot_token:
             raise ValueError("slot_token is empty")
     except (TypeError, ValueError, AttributeError) as error:
         raise LqaError(f"The training config is wrong: {error}") from error
-    base = load_base(config.base)
+    if not (config.examples or args.max_steps) > 0:
+        raise LqaError("Set training_args.max_steps or examples, so that the number of training examples is known.")
+    return Parts(args, mixture, projection, lora)
+
+
+def make_sidecar(config: TrainConfig, parts: Parts, base: Base) -> DecoderConfig:
+    """The sidecar of a run as it starts.  Raises LqaError for what does not go together, or not with `base`."""
+    from lqa import corpus
+    from lqa.conditioning import MAPPED
+    from lqa.config import DecoderConfig, default_prompt
+    from lqa.provenance import code_version
+
+    config, layers = _effective(config), [int(k) for k in config.read_layers]
     if outside := [k for k in layers if not 0 <= k < len(base.blocks)]:
         raise LqaError(f"read_layers names layer {outside[0]}; {base.name} has the blocks 0 to {len(base.blocks) - 1}.")
     sidecar = DecoderConfig(
@@ -150,22 +185,41 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
         positions="sequential",
         answer_role="assistant",
         lora={k: config.lora[k] for k in sorted(config.lora)},
-        corpus={"name": "lqa authored controls", "revision": corpus.revision(), "mixture": vars(mixture)},
+        corpus={"name": "lqa authored controls", "revision": corpus.revision(), "mixture": vars(parts.mixture)},
         training={"code": code_version(), "warm_start": _earlier(config.warm_start)}
-        | ({"projection": vars(fitting)} if config.conditioning == "projected" else {}),
+        | ({"projection": vars(parts.projection)} if config.conditioning in MAPPED else {}),
     )
     sidecar.check().check_base(base)
-    validation = corpus.load_controls("validation")
+    return sidecar
+
+
+def build_trainer(config: TrainConfig, callbacks=(), projection=None):
+    """The trainer for `config`, with data and adapter in place.
+
+    projection  the maps of the conditioning; None takes those of the run that is resumed, else of the warm start, else makes them
+    """
+    import peft
+
+    from lqa import corpus
+    from lqa.conditioning import MAPPED
+    from lqa.models import load_base
+    from train.collator import ActivationCache, LatentQACollator
+    from train.data import build_examples, build_validation
+    from train.trainer import LatentQATrainer
+
+    parts = parse_config(config)
+    args, mixture, fitting, lora = parts
+    base = load_base(config.base)
+    sidecar = make_sidecar(config, parts, base)
+    train, validation = corpus.share_of(corpus.load_controls("train"), mixture.controls), corpus.load_controls("validation")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     n = config.examples or args.max_steps * batch
-    if n <= 0:
-        raise LqaError("Set training_args.max_steps or examples, so that the number of training examples is known.")
-    data = build_examples(train, n, mixture, config.read_layers, config.default_layer, args.seed, base.name)
+    data = build_examples(train, n, mixture, config.read_layers, config.default_layer, args.seed, base.name, base.tokenizer)
     evaluation = None
     if args.eval_strategy != "no":
         evaluation = build_validation(validation, config.validation_readings, mixture, config.default_layer, args.seed)
-    if sidecar.conditioning == "projected" and projection is None:
-        projection = _projection(base, sidecar, train, fitting, args, config)
+    if sidecar.conditioning in MAPPED and projection is None:
+        projection = _projection(base, sidecar, train, data, fitting, args, config)
     source = base.fingerprint() | {"precision": "bf16" if args.bf16 else str(base.dtype)}
     source |= {"projection": projection.digest()} if projection else {}
     cache = ActivationCache(config.cache, source) if config.cache else None
@@ -182,6 +236,7 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
         args,
         model,
         projection,
+        fitting.train,
         train_dataset=data,
         eval_dataset=evaluation,
         peft_config=lora,
@@ -189,21 +244,26 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
     )
 
 
-def _projection(base, sidecar, controls, fitting, args, config: TrainConfig):
-    """The maps for a run: those of the checkpoint that it goes on from, of the warm start, or fitted now."""
+def _projection(base, sidecar, controls, data, fitting, args, config: TrainConfig):
+    """The maps for a run: those of the checkpoint that it goes on from, of the warm start, or made now."""
     import torch
     from transformers.trainer_utils import get_last_checkpoint
 
     from lqa.conditioning import PROJECTION, Projection
-    from train.projection import fit_projection
+    from train.projection import fit_centre, fit_projection, identity
 
-    # A resumed run keeps the maps of its checkpoint; without a checkpoint nothing has been trained on any.
+    # A resumed run goes on with the maps of its checkpoint; without a checkpoint nothing has been trained on any.
     last = get_last_checkpoint(args.output_dir) if config.resume and Path(args.output_dir).is_dir() else None
     for folder in (last, config.warm_start):
         if folder and Path(folder, PROJECTION).is_file():
-            return Projection.load(folder, sidecar.read_layers, base.hidden_size)
-    print(f"Fitting the projection on {len(controls)} controls.", file=sys.stderr)
+            return Projection.load(folder, sidecar.read_layers, base.hidden_size, sidecar.conditioning)
+    if sidecar.conditioning == "projected" and fitting.start == "identity":
+        return identity(sidecar.read_layers, base.hidden_size)
+    centred = sidecar.conditioning == "centred"
+    print(f"Fitting the projection on {f'{fitting.readings} readings' if centred else f'{len(controls)} controls'}.", file=sys.stderr)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):
+        if centred:
+            return fit_centre(base, sidecar, data.select(range(min(fitting.readings, len(data)))))
         return fit_projection(base, sidecar, controls, fitting, args.seed, config.mixture.get("shuffled_activations", False))
 
 

@@ -10,13 +10,14 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from lqa.cards import LOSS_PLOT, TRAINING_LOG, with_results, write_decoder_card
-from lqa.conditioning import PROJECTION, Projection
+from lqa.conditioning import MAPPED, PROJECTION, Projection
 from lqa.config import DecoderConfig
 from lqa.errors import LqaError
 
@@ -55,9 +56,10 @@ def export(run: Path, out: Path, results: Path | None = None) -> None:
     save_file({k: t.to(torch.float16) for k, t in load_file(adapter).items()}, out / adapter.name, metadata={"format": "pt"})
     shutil.copy(run / "adapter_config.json", out / "adapter_config.json")
     config = DecoderConfig.load(run)
-    if config.conditioning == "projected":
+    if config.conditioning in MAPPED:
         width = next(iter(load_file(run / PROJECTION).values())).shape[0]
-        Projection.load(run, config.read_layers, width).save(out, torch.float16)
+        Projection.load(run, config.read_layers, width, config.conditioning, config.projection).save(out, torch.float16)
+        config = replace(config, projection=Projection.load(out, config.read_layers, width, config.conditioning).digest())
     if results is not None:
         config = with_results(config, results)
     config.save(out)

@@ -1,13 +1,14 @@
-"""The start of the conditioning "projected": its maps, fitted in closed form before the decoder is trained.
+"""The maps of the conditionings "centred" and "projected" as training starts: fitted in closed form, or the identity.
 
-For readings of training controls in the system turn, whose messages know nothing of them, ridge regression predicts from the difference
-h - h0 at one token what the write layer holds, on average over tokens, where the decoder's prompt has the control's text instead of slots.
+"centred": minus the mean over what training reads.  "projected": for readings of training controls in the system turn, whose messages know
+nothing of them, ridge regression predicts from the difference h - h0 at one token what the write layer holds, on average over tokens, where
+the decoder's prompt has the control's text instead of slots.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +23,55 @@ from lqa.errors import LqaError
 from lqa.models import Base
 from train.data import control_chat
 
+STARTS = ("fitted", "identity")
 BATCH = 32  # passes at a time, sorted by length
 
 
 @dataclass
 class ProjectionConfig:
-    """How the maps are fitted."""
+    """How the maps come about."""
 
+    start: str = "fitted"  # or "identity", with no bias; for "projected"
+    train: bool = False  # together with the adapter; else they stay as they start
+    readings: int = 256  # training readings that "centred" averages over
     messages: int = 2  # readings of each control, each with another message
     ridge: float = 0.1  # in units of the standardised differences' variance
     scale: float = 6.0  # by how much a prediction is stretched from the mean: ridge regression shrinks it
+
+
+    def check(self, conditioning: str, messages: int) -> ProjectionConfig:
+        """Raises ValueError for what cannot be done; `messages` are in the pool."""
+        if self.start not in STARTS:
+            raise ValueError(f"projection.start is {self.start!r}; use {' or '.join(STARTS)}")
+        if not isinstance(self.train, bool):
+            raise ValueError(f"projection.train is {self.train!r}; use true or false")
+        if not 1 <= self.messages <= messages:
+            raise ValueError(f"projection.messages must be between 1 and {messages}, not {self.messages}")
+        if self.readings < 1:
+            raise ValueError(f"projection.readings must be at least 1, not {self.readings}")
+        if conditioning != "projected" and (self.train or self.start != "fitted"):
+            raise ValueError(f"projection.start and projection.train go with the conditioning 'projected', not {conditioning!r}")
+        return self
+
+
+def identity(layers: list[int], width: int) -> Projection:
+    """The maps that change nothing."""
+    return Projection({k: (torch.eye(width), torch.zeros(width)) for k in layers})
+
+
+def fit_centre(base: Base, config: DecoderConfig, examples: Sequence[dict]) -> Projection:
+    """Minus the mean activation of each read layer, over all tokens that the spans of `examples` (train.data) select."""
+    readings = []
+    for example in examples:
+        rendered = render(base.tokenizer, example["chat"])
+        readings.append((rendered.ids, resolve_span(example["span"], rendered)))
+    sums = {k: torch.zeros(base.hidden_size, dtype=torch.float64) for k in config.read_layers}
+    for part in _by_length(readings, lambda r: len(r[0])):
+        acts = _capture(base, [ids for ids, _ in part], config.read_layers)
+        for k in sums:
+            sums[k] += sum(acts[k][i, span].double().sum(0) for i, (_, span) in enumerate(part))
+    n = sum(len(span) for _, span in readings)
+    return Projection({k: (None, (-total / n).float()) for k, total in sums.items()})
 
 
 def fit_projection(

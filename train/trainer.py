@@ -37,7 +37,8 @@ class LatentQATrainer(SFTTrainer):
     config     the sidecar; written with every checkpoint, with the training's figures filled in
     collator   LatentQACollator; its cache decides where activations come from
     model      a PeftModel around the base's weights, to train an adapter on; None with `peft_config` for a new one
-    projection the maps of the conditioning "projected" (train.projection); saved with every checkpoint, not trained
+    projection the maps of the conditioning (train.projection), if it has any; saved with every checkpoint
+    train_projection   whether the maps are trained too, with the adapter's learning rate
     args       SFTConfig; the few fields that injection needs otherwise (no column removal, no preparation, no truncation) are set here
     """
 
@@ -49,6 +50,7 @@ class LatentQATrainer(SFTTrainer):
         args: SFTConfig,
         model=None,
         projection: Projection | None = None,
+        train_projection: bool = False,
         **kwargs,
     ):
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -65,8 +67,14 @@ class LatentQATrainer(SFTTrainer):
         base.find_adapters()
         for adapter in self.model.peft_config.values():  # PEFT has written the folder that the base was loaded from
             adapter.base_model_name_or_path = base.name
+        if train_projection:
+            if collator.cache is not None:
+                raise LqaError("What a trained projection gives changes with every step; leave out the cache, or projection.train.")
+            # A part of the model for optimizer, gradient clipping and distribution; PEFT saves the adapter's parameters alone.
+            self.model.projection = projection.trainable(self.args.device)
         self._injection = nullcontext() if config.reads_text else Injection(base, config.write_layer, config.operation)
-        self._pairs = sum(map(len, self.train_dataset["qa"])) if self.train_dataset is not None else 0
+        rows = self.train_dataset["qa"] if self.train_dataset is not None else ()
+        self._pairs = sum(1 + len(pair.get("after") or ()) for qa in rows for pair in qa)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -169,7 +177,7 @@ class LatentQATrainer(SFTTrainer):
             "seed": args.seed,
             "last_loss": losses[-1] if losses else None,
         }
-        return replace(self.decoder_config, training=training)
+        return replace(self.decoder_config, training=training, projection=self.projection and self.projection.digest())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter in safetensors with projection, sidecar and our card; no pickle."""

@@ -248,6 +248,18 @@ def run(job: Job) -> Result:
     return Result(data | {"items": str(len(items))}, tables, entries, plots, settings)
 
 
+def fixed(job: Job, items: Sequence[Item]) -> Table:
+    """The table `fixed` alone, of any items (a sweep's: those of the validation split)."""
+    setting = Setting(job.decoder.config.default_layer)
+    draws, found = make_draws(items, M, job.seed), []
+    for draw in draws:
+        how = "/".join(map(str, asdict(setting).values()))
+        found.append(job.once(f"{how}/ours/{' '.join(draw.labels)}", partial(score_draw, job, draw, setting)))
+        job.progress(len(found), len(draws), "fixed")
+    rows = {reader: _cells(draws, scores) for reader, scores in _by_reader(found).items()}
+    return Table(TITLES["fixed"], COLUMNS, rows, _note(items, draws, setting))
+
+
 def _by_reader(found: list[dict[str, Scores]]) -> dict[str, list[Scores]]:
     """{reader: the scores of all draws}, with `shuffled`: the next reading of the draw stands in for the right one, so that its hits are
     those of a stranger's activations."""

@@ -60,11 +60,9 @@ class ControlLoss:
         With `hidden` they are conditioned as the sidecar says, the unsteered target's activations of the same chat being the reference:
         to the decoder, the steering is a context that is hidden.  Without, they go in as those of a chat that hides nothing.
         """
-        if not self.hidden:
-            return self(h, layer)
         config = self.decoder.config
         how = (config.conditioning, config.conditioning_constant, self.decoder.projection)
-        return self(condition(h, chat.h0[layer], None, layer, *how), layer)
+        return self(condition(h, chat.h0[layer] if self.hidden else None, None, layer, *how), layer)
 
     def _row(self, slots: int, layer: int) -> dict:
         if (slots, layer) not in self._rows:
