@@ -377,7 +377,7 @@ class Reading:
         """Greedy answers to all questions, decoded as one batch; with `grounding`, each with its references.
 
         after   earlier questions about this reading with their answers, oldest first; the decoder sees them, so that a question may
-                refer to them.  (It was trained on single questions.)
+                refer to them (one that was trained without follow-ups does so less well)
 
         Raises LqaError for an empty question or one that does not fit the context.
         """

@@ -22,7 +22,8 @@ from lqa.errors import LqaError
 README = "README.md"
 STEERING_SIDECAR = STEERING_FILES[-1]
 HARDWARE = "zero-a10g"  # the API's name for ZeroGPU; asked for when a Space is created
-SOURCE_TYPES = {".py", ".yaml", ".json", ".jsonl", ".md", ".js", ".css"}  # what the package consists of (package-data of pyproject.toml)
+# What the package consists of (package-data of pyproject.toml).
+SOURCE_TYPES = {".py", ".yaml", ".json", ".jsonl", ".md", ".js", ".css", ".svg"}
 RESULTS = "results"
 
 

@@ -63,7 +63,8 @@ def main() -> None:
 
     emulated.init, emulated.size, emulated.pack, emulated.move = (lambda uuid: None), (lambda: 0), (lambda: 0), move
 
-    sys.path.insert(0, str(Path(__file__).parent))
+    here = Path(__file__).parent
+    sys.path[:0] = [str(here.parent), str(here)]
     from conftest import make_config, tiny_base
 
     from lqa import LatentDecoder
@@ -116,9 +117,10 @@ def main() -> None:
     table = [["Who is it?", "It is a doctor."]]
     trained = both("train", lambda d: (make_steer(d).train, ("", table, 5, None, None)))
     both("compare", lambda d: (make_steer(d).compare, (chat, None, trained[1], 1.0, False, 0)))
-    for entry in (report["train"]["wrapped"], report["train"]["plain"]):
-        entry[1] = str(Path(entry[1]).name.startswith("lqa-steering-"))
-        entry[0] = [{k: round(v, 2) for k, v in p.items() if v is not None} for p in entry[0]["points"]]
+    for which in ("wrapped", "plain"):  # the folder has another name, and seconds differ
+        curve, folder, *rest = report["train"][which]
+        losses = [{k: round(v, 2) for k, v in p.items() if v is not None} for p in curve["points"]]
+        report["train"][which] = [losses, Path(folder).name.startswith("lqa-steering-"), *rest]
     print(json.dumps(report, default=str))
 
 

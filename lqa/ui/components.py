@@ -56,7 +56,7 @@ def layer_control(config, elem_id: str) -> gr.Radio | gr.Dropdown:
     """A choice of the layers that the decoder reads."""
     control = gr.Radio if len(config.read_layers) <= MAX_RADIO else gr.Dropdown
     choices = [(str(k), k) for k in config.read_layers]
-    return control(choices, value=config.default_layer, label="Layer", min_width=230, scale=0, elem_id=elem_id)
+    return control(choices, value=config.default_layer, label="Layer", min_width=260, scale=1, elem_id=elem_id)
 
 
 def stops(button: gr.Button, stopped, shown: gr.HTML, events: list) -> None:

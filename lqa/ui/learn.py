@@ -186,7 +186,7 @@ def open_lesson(chips):
     try:
         i = chips["pick"][1]
         chat, _, question, _ = list(EXAMPLES.values())[i]
-        return gr.Tabs(selected="read"), {"turns": chat, "busy": False}, question, cached()[i]
+        return gr.update(selected="read"), {"turns": chat, "busy": False}, question, cached()[i]
     except (TypeError, KeyError, IndexError):
         return (gr.skip(),) * 4
 

@@ -49,13 +49,14 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
             order = sorted(layers, key=lambda k: k != decoder.config.default_layer)
             cells: dict[str, list] = {str(k): [None] * len(rendered) for k in layers}
             head = question, answers, tokens_of(rendered), layers
-            yield scan_view(WORKING, *head, cells), ""
+            yield scan_view(WORKING, *head), ""
             done, total = 0, len(span) * len(layers)
             for part in scan(decoder, turns, question, answers, span, order):
                 for cell in part:
                     cells[str(cell.layer)][cell.token] = [round(p, 3) for p in cell.probabilities]
                 done += len(part)
-                yield scan_view(WORKING if done < total else "done", *head, cells, f"{done} of {total} cells"), ""
+                so_far = {layer: list(row) for layer, row in cells.items()}
+                yield scan_view(WORKING if done < total else "done", *head, so_far, f"{done} of {total} cells"), ""
         except LqaError as error:
             yield previous if isinstance(previous, dict) else scan_view(), str(error)
 
@@ -71,7 +72,7 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
                 raise LqaError("That is no cell of a scan; click one.") from error
             if not same or not 0 < token < len(rendered):
                 raise LqaError("The chat has changed since this scan; scan it again.")
-            return gr.Tabs(selected="read"), token_view(rendered, [token]), decoder.config.check_layer(layer), question, ""
+            return gr.update(selected="read"), token_view(rendered, [token]), decoder.config.check_layer(layer), question, ""
         except LqaError as error:
             return *(gr.skip(),) * 4, str(error)
 

@@ -260,9 +260,9 @@ def steer_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
         curve = component("curve", curve_view(), "curve")
     notice = component("notice", "", "steer-notice")
     fixed("<h2>Compare</h2><p>Both reply to the chat on this page, with the same seed.</p>")
+    strength = gr.Slider(-STRONGEST, STRONGEST, 1.0, step=0.25, label="Strength", elem_id="strength")
     with gr.Row(equal_height=True):
-        strength = gr.Slider(-STRONGEST, STRONGEST, 1.0, step=0.25, label="Strength", scale=3, min_width=200, elem_id="strength")
-        sample = gr.Checkbox(False, label=f"Sample (temperature {TEMPERATURE})", scale=2, min_width=200, elem_id="sample")
+        sample = gr.Checkbox(False, label=f"Sample (temperature {TEMPERATURE})", scale=3, min_width=180, elem_id="sample")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90, elem_id="seed")
     with gr.Row(elem_classes="buttons"):
         compare = gr.Button("Reply", variant="primary", elem_id="compare", min_width=120)

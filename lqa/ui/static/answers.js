@@ -164,7 +164,8 @@ function update() {
     parts[i].form.hidden = !settled || !item.text || item.follow_ups.length >= value.most;
   });
   set(status, value.items.length ? [value.note, STAGES[value.stage]].filter(Boolean).join(" · ") : "The answers will be written here.");
-  legend.hidden = !value.items.some((item) => item.words);
+  legend.hidden = !value.items.length;  // it keeps its place from the start, so that nothing moves when the colours come
+  legend.style.visibility = value.items.some((item) => item.words) ? "" : "hidden";
   tools.hidden = !value.reading || !settled;
   set(source, value.code);
 }
