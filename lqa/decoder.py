@@ -6,7 +6,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -90,6 +90,20 @@ def evidence(gains: Sequence[float]) -> list[float]:
     """softmax of `gains`: log-probabilities (nats) less those of a reference."""
     weights = [math.exp(gain - max(gains)) for gain in gains]
     return [w / sum(weights) for w in weights]
+
+
+def collect(tokenizer, steps: Iterable[list[engine.Step]], rows: int) -> list[Said]:
+    """What each of `rows` says in these steps of a decode."""
+    ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
+    for step in steps:
+        for row, token, probability in step:
+            ids[row].append(token)
+            probabilities[row].append(probability)
+    found = []
+    for text, p in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), probabilities, strict=True):
+        n = max(1, len(p))
+        found.append(Said(text.strip(), sum(p) / n, sum(math.log(max(x, LEAST)) for x in p or [0.0]) / n))
+    return found
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
@@ -293,32 +307,6 @@ class LatentDecoder:
         if text != shown:  # it ended inside a character
             yield text[len(shown) :]
 
-    def collect(self, steps: Iterator[list[engine.Step]], rows: int) -> list[Said]:
-        """What every row of a decode says."""
-        ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
-        for step in steps:
-            for row, token, probability in step:
-                ids[row].append(token)
-                probabilities[row].append(probability)
-        return self._said(ids, probabilities)
-
-    def grow(self, steps: Iterator[list[engine.Step]], rows: int) -> Iterator[list[Said]]:
-        """`collect` after every step; the last is the whole, and may be given twice."""
-        ids, probabilities = [[] for _ in range(rows)], [[] for _ in range(rows)]
-        for step in steps:
-            for row, token, probability in step:
-                ids[row].append(token)
-                probabilities[row].append(probability)
-            yield self._said(ids, probabilities)
-        yield self._said(ids, probabilities)
-
-    def _said(self, ids: list[list[int]], probabilities: list[list[float]]) -> list[Said]:
-        found = []
-        for text, p in zip(self.base.tokenizer.batch_decode(ids, skip_special_tokens=True), probabilities, strict=True):
-            n = max(1, len(p))
-            found.append(Said(text.strip(), sum(p) / n, sum(math.log(max(x, LEAST)) for x in p or [0.0]) / n))
-        return found
-
 
 def _download(name: str, revision: str | None, subfolder: str | None) -> Path:
     from lqa.download import DECODER_FILES, download
@@ -389,10 +377,12 @@ class Reading:
     def answers(self, questions: Questions, *, after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[list[Answer]]:
         """`ask` as it goes: the answers so far, after every token, with the mean probability of their tokens as confidence; the last
         are those of `ask`."""
-        questions, said = _listed(questions), []
-        for said in self.decoder.grow(self._steps(questions, ("true",), max_new_tokens, after), len(questions)):
+        questions, steps = _listed(questions), []
+        for step in self._steps(questions, ("true",), max_new_tokens, after):
+            steps.append(step)
+            said = self._said(steps, len(questions))
             yield [Answer(q, s.text.rstrip("\ufffd"), s.probability) for q, s in zip(questions, said, strict=True)]
-        yield self._judged(questions, said, after, [None] * len(questions))
+        yield self._judged(questions, self._said(steps, len(questions)), after, [None] * len(questions))
 
     def _judged(self, questions: list[str], said: list[Said], after: QA, references: list[Grounding | None]) -> list[Answer]:
         calibration = self.decoder.calibration
@@ -466,7 +456,10 @@ class Reading:
         return [calibration.confidence(entry) for entry in features]
 
     def _decode(self, questions: list[str], sources: tuple[str, ...], max_new_tokens: int, after: QA = ()) -> list[Said]:
-        return self.decoder.collect(self._steps(questions, sources, max_new_tokens, after), len(sources) * len(questions))
+        return self._said(self._steps(questions, sources, max_new_tokens, after), len(sources) * len(questions))
+
+    def _said(self, steps: Iterable[list[engine.Step]], rows: int) -> list[Said]:
+        return collect(self.decoder.base.tokenizer, steps, rows)
 
     def _steps(self, questions: list[str], sources: tuple[str, ...], max_new_tokens: int, after: QA) -> Iterator[list[engine.Step]]:
         rows = self._rows(questions, sources, max_new_tokens, after)

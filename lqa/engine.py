@@ -130,11 +130,18 @@ def _logits(model, inputs: dict[str, Tensor], cache: Cache, keep: int) -> Tensor
 
 
 def decode(
-    session: Callable, prefix: Prefix, rows: Sequence[Row], max_new_tokens: int, stop_ids: Sequence[int], choose: Callable | None = None
+    session: Callable,
+    prefix: Prefix,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    choose: Callable | None = None,
+    first: Callable | None = None,
 ) -> Iterator[list[Step]]:
     """Decodes all rows at once, yielding the new tokens of every step; a row ends at a stop token, which is not yielded.
 
     choose  (R, V) logits -> (R,) ids; greedy if None.  Rows that have ended leave the batch.
+    first   the session of the first pass, over the rows' suffixes, if it is another: what a caller has armed acts on that pass alone
     """
     choose = choose or (lambda logits: logits.argmax(-1))
     with session() as model:
@@ -142,8 +149,8 @@ def decode(
         cache = prefix.rows([row.prefix for row in rows])
         inputs = _left_padded(prefix, [row.suffix for row in rows], device)
     alive = list(range(len(rows)))
-    for _ in range(max_new_tokens):
-        with session() as model:
+    for n in range(max_new_tokens):
+        with (first if first and n == 0 else session)() as model:
             logits = _logits(model, inputs, cache, 1)[:, -1]
             tokens = choose(logits)
             probabilities = logits.softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lqa import engine
 from lqa.chat import render, visible_text
-from lqa.decoder import Reading
+from lqa.decoder import Reading, collect
 from lqa.errors import LqaError
 
 # The donor of `shuffled` where a reading stands alone: an ordinary chat about something else.
@@ -30,6 +30,8 @@ TEXT_ONLY = (
 def map_linearly(activations: Tensor, n: int) -> Tensor:
     """(M, D) -> (n, D): a donor's positions mapped linearly onto n slots, first to first and last to last."""
     m = activations.shape[0]
+    if m == n:
+        return activations  # itself: who asks of one and of the other asks the same
     index = torch.linspace(0, m - 1, n, device=activations.device).round().long() if n > 1 else torch.tensor([m - 1])
     return activations[index]
 
@@ -64,7 +66,7 @@ def text_only(reading: Reading, questions: Sequence[str], max_new_tokens: int, a
     rows = [engine.Row(0, suffix) for suffix in suffixes]
     stop = decoder.config.prompt.stop_ids(decoder.base.tokenizer)
     steps = engine.decode(decoder.base.decoding, prefix, rows, max_new_tokens, stop)
-    return [said.text for said in decoder.collect(steps, len(rows))]
+    return [said.text for said in collect(decoder.base.tokenizer, steps, len(rows))]
 
 
 def text_only_scores(reading: Reading, question: str, answers: Sequence[str]) -> list[float]:

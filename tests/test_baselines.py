@@ -6,11 +6,12 @@ import torch
 
 from lqa import LqaError
 from lqa.activations import capture
+from lqa.config import default_prompt
 from lqa.evals import batch
 from lqa.evals.baselines.logit_lens import logit_lens
 from lqa.evals.baselines.patchscopes import IDENTITY, patchscope
 from lqa.evals.baselines.probe import cross_validated, learnable
-from lqa.evals.baselines.selfie import OPENING, PLACEHOLDERS, selfie
+from lqa.evals.baselines.selfie import OPENING, PLACEHOLDERS, WRITE_LAYER, selfie
 from lqa.models import load_base
 
 
@@ -19,6 +20,11 @@ def state(base, ids: list[int], layer: int) -> torch.Tensor:
     with base.decoding() as model:
         ids = torch.tensor([ids])
         return capture(model, base.blocks, ids, torch.ones_like(ids), [layer])[layer][0, -1].clone()
+
+
+def runner(base, write_layer: int = 0) -> batch.Runner:
+    """The bare model."""
+    return batch.Runner(base, base.decoding, default_prompt(base.tokenizer), write_layer)
 
 
 def test_logit_lens_at_the_last_layer_is_the_model(base):
@@ -33,11 +39,10 @@ def test_a_patchscope_of_a_prompt_into_itself_changes_nothing(base):
     """Section 3: with S = T, i = i*, l = l* and f the identity, the model goes on as ever; another token's state changes that."""
     prompt = "Speak like a pirate about the weather x"
     ids = base.tokenizer(prompt)["input_ids"]
-    stop = [base.tokenizer.eos_token_id]
-    own = batch.texts(base, batch.plain(base, [ids]), 6, stop)
+    own = batch.texts(runner(base), [batch.Prompt(tuple(ids))], 6)
     for layer in range(len(base.blocks)):
         h = torch.stack([state(base, ids, layer), state(base, base.tokenizer("the doctor from France")["input_ids"], layer)])
-        same, other = batch.texts(base, [patchscope(base, h, prompt, "x", layer)], 6, stop)
+        same, other = batch.texts(runner(base, layer), patchscope(base, h, prompt, "x"), 6)
         assert [same] == own and other != same
 
 
@@ -46,22 +51,21 @@ def test_a_placeholder_must_be_one_token_of_its_own(tiny):
     h = torch.ones(1, base.hidden_size)
     for prompt in ("The city of the person", "He speaks of xylophones"):
         with pytest.raises(LqaError, match="as one token"):
-            patchscope(base, h, prompt, "x", 0)
+            patchscope(base, h, prompt, "x")
 
 
 def test_selfie_of_an_embedding_is_the_prompt_with_that_word(base):
     """At the embeddings, five copies of a word's embedding are five times the word: the model reads it as text."""
     word = base.tokenizer(" pirate", add_special_tokens=False)["input_ids"][0]
-    run = selfie(base, base.embeddings(torch.tensor([word])).detach(), write_layer=-1)
-    found = batch.texts(base, [run], 6, [])
+    found = batch.texts(runner(base, -1), selfie(base, base.embeddings(torch.tensor([word])).detach()), 6)
     filler = base.tokenizer(" _", add_special_tokens=False)["input_ids"][-1]
     opening = base.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
     text = base.tokenizer.apply_chat_template([{"role": "user", "content": "LQAMARK"}], tokenize=False, add_generation_prompt=True)
     head, tail = (base.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("LQAMARK"))
     written = [*head, *[word] * PLACEHOLDERS, *tail, *opening]
     unwritten = [*head, *[filler] * PLACEHOLDERS, *tail, *opening]
-    assert found == batch.texts(base, batch.plain(base, [written]), 6, [])
-    assert found != batch.texts(base, batch.plain(base, [unwritten]), 6, [])
+    assert found == batch.texts(runner(base), [batch.Prompt(tuple(written))], 6)
+    assert found != batch.texts(runner(base), [batch.Prompt(tuple(unwritten))], 6)
 
 
 WORDS = ["Paris", "music", "Monday", "doctor", "winter", "river"]
@@ -72,15 +76,14 @@ def test_the_papers_prompts_read_words_off_the_embedded_model():
     """Patchscopes' token identity (section 4.1) and SelfIE's summary name the word that the state belongs to; the logit lens, which
     says what comes next, does not."""
     base = load_base()
-    stop = [base.tokenizer.eos_token_id]
     h = {
         layer: torch.stack([state(base, base.tokenizer(f"In the story there is a lot about {word}")["input_ids"], layer) for word in WORDS])
         for layer in (3, 7)
     }
     for layer, states in h.items():
-        said = batch.texts(base, [patchscope(base, states, IDENTITY, "?", layer)], 3, stop)
+        said = batch.texts(runner(base, layer), patchscope(base, states, IDENTITY, "?"), 3)
         assert sum(word in text for word, text in zip(WORDS, said, strict=True)) >= 5
-    summaries = batch.texts(base, [selfie(base, h[7])], 10, stop)
+    summaries = batch.texts(runner(base, WRITE_LAYER), selfie(base, h[7]), 10)
     assert sum(word.lower() in text.lower() for word, text in zip(WORDS, summaries, strict=True)) >= 4
     nexts = base.tokenizer.batch_decode(logit_lens(base, h[7]).argmax(-1).unsqueeze(1))
     assert not any(word in text for word, text in zip(WORDS, nexts, strict=True))

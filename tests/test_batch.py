@@ -1,109 +1,167 @@
-"""Batches: the answers and scores of many prompts are those of each alone."""
+"""Batches: the answers and scores of many prompts are those of each alone, whatever shares a batch."""
 
 import pytest
 import torch
 
-from lqa import LqaError, engine
+from lqa import LqaError
 from lqa.activations import output_tensor
+from lqa.config import default_prompt
 from lqa.evals import batch
-from lqa.injection import Operation
+from lqa.grounding import donor_activations, map_linearly, text_only, text_only_scores
 
-QUESTION = "How will the assistant speak?"
-ANSWERS = ["Like a pirate.", "Formally, with many words."]
-
-
-def chats(n: int, vary: bool) -> list[list[dict[str, str]]]:
-    words = ["pirate", "doctor", "cook", "sea"]
-    systems = [{"role": "system", "content": f"Speak like a {words[i % 4]}."} for i in range(n)]
-    return [[system, {"role": "user", "content": "What of it?" + " Please." * (i * vary)}] for i, system in enumerate(systems)]
+CHATS = [("Speak like a pirate.", "What of the city?"), ("Be a doctor.", "What of the city?"), ("Cook.", "Tell me about the weather!")]
+QUESTIONS = ["Who is it?", "How will the assistant speak?"]
+ANSWERS = ["Like a pirate.", "It is a doctor from France who likes to cook.", "Formally."]
 
 
-@pytest.mark.parametrize("family", ["smol", "gemma3"])
-@pytest.mark.parametrize("vary", [False, True])
-def test_asked_is_what_each_reading_answers(tiny_decoder, family, vary):
-    decoder = tiny_decoder(family)
-    readings = [decoder.read(chat, "turn:-1", 1) for chat in chats(4, vary)]
-    stop = decoder.config.prompt.stop_ids(decoder.base.tokenizer)
-    injected = [reading.injected for reading in readings]
-    found = batch.texts(decoder.base, batch.asked(decoder, 1, injected, QUESTION), 6, stop)
-    assert found == [reading.ask(QUESTION, max_new_tokens=6)[0].text for reading in readings]
-    assert len(set(found)) > 1
-    ids = [decoder.config.prompt.answer(decoder.base.tokenizer, answer) for answer in ANSWERS]
-    none = batch.scores(batch.asked(decoder, 1, injected, QUESTION, patched=False), ids)
-    torch.testing.assert_close(torch.tensor(none), torch.tensor([r.logprobs(QUESTION, ANSWERS, "none") for r in readings]))
-    if vary:
-        with pytest.raises(LqaError, match="one by one"):
-            batch.scores(batch.asked(decoder, 1, injected, QUESTION), ids)
-    else:
-        scores = batch.scores(batch.asked(decoder, 1, injected, QUESTION), ids)
-        torch.testing.assert_close(torch.tensor(scores), torch.tensor([r.logprobs(QUESTION, ANSWERS) for r in readings]))
+def readings(decoder):
+    """Of two spans, one of them with two hidden contexts."""
+    return [decoder.read([{"role": "system", "content": s}, {"role": "user", "content": u}], "from:1") for s, u in CHATS]
 
 
-def slow_greedy(base, ids, slots, values, write_layer, n):
+@pytest.mark.parametrize("width", [1, 3, 32])
+@pytest.mark.parametrize("changes", [{}, {"conditioning": "projected"}, {"positions": "shifted"}, {"family": "gemma3"}])
+def test_batched_answers_are_those_of_one_reading(tiny_decoder, width, changes):
+    decoder = tiny_decoder(**changes)
+    found = readings(decoder)
+    asked = [(r, q) for r in found for q in QUESTIONS]
+    prompts = [batch.ask(r, q, source) for source in ("true", "none", "shuffled") for r, q in asked]
+    said = batch.say(batch.adapted(decoder), prompts, 6, width=width)
+    alone = [r._decode([q], (source,), 6)[0] for source in ("true", "none", "shuffled") for r, q in asked]
+    assert [s.text for s in said] == [s.text for s in alone] == batch.texts(batch.adapted(decoder), prompts, 6)
+    assert [s.probability for s in said] == pytest.approx([s.probability for s in alone], abs=1e-5)
+    assert len({s.text for s in said}) > 2  # the tiny decoder does answer differently
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "shifted"}, {"family": "gemma3"}])
+def test_batched_scores_are_those_of_one_reading(tiny_decoder, changes):
+    decoder = tiny_decoder(**changes)
+    found = readings(decoder)
+    pairs = [(r, a) for a in ANSWERS for r in found]  # not in the order of the batches
+    for source in ("true", "none", "shuffled"):
+        prompts = [batch.ask(r, QUESTIONS[0], source) for r, _ in pairs]
+        scores = batch.score(batch.adapted(decoder), prompts, [a for _, a in pairs], width=4)
+        assert scores == pytest.approx([r.logprobs(QUESTIONS[0], [a], source)[0] for r, a in pairs], abs=1e-5)
+    matrix = batch.matrix(batch.adapted(decoder), prompts[:3], ANSWERS)
+    assert [row[n] for n in range(3) for row in matrix] == pytest.approx(scores, abs=1e-5)
+
+
+def test_a_decoder_of_text_is_asked_the_same_way(tiny_decoder):
+    decoder = tiny_decoder(injection="visible_text", injection_constant=None)
+    found = readings(decoder)
+    for source in ("true", "none"):
+        prompts = [batch.ask(r, QUESTIONS[0], source) for r in found]
+        alone = [r._decode(QUESTIONS[:1], (source,), 6)[0].text for r in found]
+        assert batch.texts(batch.adapted(decoder), prompts, 6) == alone
+
+
+def test_shuffled_is_the_donor_mapped_onto_the_slots(tiny_decoder):
+    first, second, third = readings(tiny_decoder())
+    assert batch.ask(first, "Who is it?", "shuffled", second).injected is second.injected  # equal spans share a decode
+    prompt = batch.ask(first, "Who is it?", "shuffled", third)
+    assert torch.equal(prompt.injected, map_linearly(third.injected, len(first.span)))
+    assert prompt._replace(injected=None).name == batch.ask(first, "Who is it?", "none").name
+    assert torch.equal(batch.ask(first, "?", "shuffled").injected, donor_activations(first))
+
+
+def test_text_only_in_batches_is_that_of_one_reading(tiny_decoder):
+    decoder = tiny_decoder()
+    found, bare = readings(decoder), batch.bare(decoder)
+    prompts = [batch.text_only(reading, QUESTIONS[0]) for reading in found]
+    assert batch.texts(bare, prompts, 5) == [text_only(r, QUESTIONS[:1], 5)[0] for r in found]
+    scores = batch.score(bare, prompts, ["Formally."] * 3)
+    assert scores == pytest.approx([text_only_scores(r, QUESTIONS[0], ["Formally."])[0] for r in found], abs=1e-5)
+    assert scores[0] == scores[1]  # the same visible text
+
+
+def test_samples_are_seeded_and_differ(tiny_decoder):
+    decoder = tiny_decoder()
+    prompts = [batch.ask(readings(decoder)[0], QUESTIONS[0])] * 4
+
+    def said(seed):
+        return batch.say(batch.adapted(decoder), prompts, 6, temperature=1.0, seed=seed)
+
+    assert said(3) == said(3) != said(4)
+    assert len({s.text for s in said(3)}) > 1
+
+
+def test_chats_get_the_models_reply(tiny_decoder):
+    decoder = tiny_decoder()
+    chats = [[{"role": "user", "content": "What of it?" + " Please." * n}] for n in (0, 2, 1, 2)]
+    prompts = [batch.plain(decoder.base, chat) for chat in chats]
+    assert batch.texts(batch.bare(decoder), prompts, 6) == [decoder.generate(chat, max_new_tokens=6) for chat in chats]
+
+
+def slow_greedy(base, prompt, write_layer, n):
     """Greedy decoding without a cache: at every step the whole text, its slots written by a hook of its own."""
-    ids = list(ids)
+    ids = list(prompt.ids)
     module = base.embeddings if write_layer < 0 else base.blocks[write_layer]
 
     def hook(_, args, output):
         h = output_tensor(output).clone()
-        h[0, [i for i, slot in enumerate(slots) if slot]] = values
+        if prompt.injected is not None:
+            h[0, [i for i, slot in enumerate(prompt.slots) if slot]] = prompt.injected
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
-    out = []
     for _ in range(n):
         handle = module.register_forward_hook(hook)
         with torch.no_grad():
             logits = base.model(input_ids=torch.tensor([ids])).logits[0, -1]
         handle.remove()
-        out.append(int(logits.argmax()))
-        ids.append(out[-1])
-    return out
+        ids.append(int(logits.argmax()))
+    return base.tokenizer.decode(ids[len(prompt.ids) :], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("write_layer", [-1, 1])
-def test_patched_prompts_go_on_as_without_cache(tiny, ends, write_layer):
+def test_patched_prompts_go_on_as_without_cache(tiny, monkeypatch, ends, write_layer):
+    """Slots of many lengths, at the end of a prompt or not, one prompt not patched, one with another beginning."""
     base = tiny("llama")
-    tail = [] if ends else [9, 10]
-    prompts = [batch.Prompt([5, 6, 7, *[8] * n, *tail], [False] * 3 + [True] * n + [False] * len(tail)) for n in (1, 3, 2)]
-    values = [torch.randn(n, base.hidden_size, generator=torch.Generator().manual_seed(n)) for n in (1, 3, 2)]
-    run = batch.patch(base, base.decoding, prompts, values, write_layer, Operation("replace"))
-    found = [[], [], []]
-    for steps in engine.decode(run.session, run.prefix, run.rows, 5, []):
-        for step in steps:
-            found[step.row].append(step.token)
-    assert found == [slow_greedy(base, *p, v, write_layer, 5) for p, v in zip(prompts, values, strict=True)]
-    assert len({tuple(f) for f in found}) > 1
+    template = default_prompt(base.tokenizer)
+    monkeypatch.setattr(type(template), "stop_ids", lambda self, tokenizer: [])
+    tail, prompts = [] if ends else [9, 10], []
+    for n, first in ((1, 5), (3, 5), (2, 5), (2, 11)):
+        h = torch.randn(n, base.hidden_size, generator=torch.Generator().manual_seed(n))
+        slots = (*[False] * 3, *[True] * n, *[False] * len(tail))
+        prompts.append(batch.Prompt((first, 6, 7, *[8] * n, *tail), slots, h))
+    prompts.append(prompts[1]._replace(injected=None))
+    runner = batch.Runner(base, base.decoding, template, write_layer)
+    found = batch.texts(runner, prompts, 5)
+    assert found == [slow_greedy(base, prompt, write_layer, 5) for prompt in prompts] and len(set(found)) > 2
+    if ends:
+        with pytest.raises(LqaError, match="ends in a slot"):
+            batch.score(runner, prompts, ["It."] * len(prompts))
 
 
-def test_plain_and_ragged_prompts_are_what_the_model_says(tiny_decoder):
-    decoder = tiny_decoder()
-    asked = [[{"role": "user", "content": "What of it?" + " Please." * n}] for n in (0, 2, 1, 2)]
-    ids = batch.chat_ids(decoder.base, asked)
-    stop = decoder.config.prompt.stop_ids(decoder.base.tokenizer)
-    expected = [decoder.generate(chat, max_new_tokens=6) for chat in asked]
-    assert batch.texts(decoder.base, batch.plain(decoder.base, ids), 6, stop) == expected
-    assert batch.texts(decoder.base, batch.ragged(decoder.base, ids), 6, stop) == expected
-
-
-def test_prompts_without_a_common_beginning_are_refused(tiny):
+def test_prompts_that_cannot_be_run_are_refused(tiny):
     base = tiny("llama")
-    prompts = [batch.Prompt([5, 8], [False, True]), batch.Prompt([6, 8], [False, True])]
-    with pytest.raises(LqaError, match="nothing in common"):
-        batch.patch(base, base.decoding, prompts, [torch.ones(1, base.hidden_size)] * 2, 0, Operation("replace"))
+    runner = batch.Runner(base, base.decoding, default_prompt(base.tokenizer))
+    h = torch.ones(2, 1, base.hidden_size)
+    with pytest.raises(LqaError, match="begins with its slots"):
+        batch.say(runner, [batch.Prompt((8, *[7] * n), (True, *[False] * n), h[n]) for n in (0, 1)], 3)
+    with pytest.raises(LqaError, match="a single token"):
+        batch.score(runner, [batch.Prompt((5,))], ["It."])
+    long = batch.Prompt(tuple([5] * (base.context - 2)))
+    with pytest.raises(LqaError, match=f"context is {base.context}"):
+        batch.say(runner, [long], 3)
+    assert len(batch.say(runner, [long], 2)) == 1 and batch.say(runner, [], 3) == []
 
 
 def test_states_are_those_of_single_passes(tiny_decoder):
     decoder = tiny_decoder()
-    readings = [decoder.read(chat, "all", 1) for chat in chats(3, True)]
-    states = batch.states(decoder.base, [r.rendered for r in readings], [0, 1])
-    for reading, found in zip(readings, states, strict=True):
-        torch.testing.assert_close(found[1][list(reading.span)], reading.activations)
+    found = readings(decoder)
+    states = batch.states(decoder.base, [r.rendered for r in found], [0, 1])
+    for reading, own in zip(found, states, strict=True):
+        torch.testing.assert_close(own[1][list(reading.span)], reading.activations)
 
 
-def test_groups_and_donors():
-    assert batch.by_length([3, 1, 3, 2]) == [[1], [3], [0, 2]]
-    assert [len(group) for group in batch.by_length([7] * (batch.ROWS + 1))] == [batch.ROWS, 1]
-    a, b = torch.zeros(2, 4), torch.arange(3.0).unsqueeze(1).expand(3, 4)
-    given = batch.donated([a, b])
-    assert given[0][:, 0].tolist() == [0, 2] and given[1][:, 0].tolist() == [0, 0, 0]
+def test_batches_hold_one_group_and_the_same_runs_once():
+    ran = []
+
+    def run(index, number):
+        ran.append(index)
+        return [f"{i} in {number}" for i in index]
+
+    found = batch._batched(["a", "b", "c", "a", "d", "e"], [(1, 0), (0, 0), (1, 0), (1, 0), (0, -1), (1, 0)], 2, run)
+    assert ran == [[4, 1], [0, 2], [5]]
+    assert found == ["0 in 1", "1 in 0", "2 in 1", "0 in 1", "4 in 0", "5 in 2"]

@@ -1,178 +1,242 @@
-"""Many prompts in few passes.  Suites and baselines run their models through here; how a pass is patched is lqa.injection's business.
+"""Many prompts in few passes: what a model says to each, and how probable answers are.  Suites and baselines run their models through here.
 
-Two ways to one batch, and `patch` takes the first that applies:
+`say` decodes up to ROWS prompts as one batch.  What they have in common is prefilled, once for everything that is injected into it, and the
+rest of each is a row; if slots lie in the rest (readings of different lengths, prompts that end in a slot), the first pass over the rows is
+patched.  `score` prefills prompts of one length up to their last token, which the answers to a prompt then continue.
 
-    equal    prompts that are one but for what is injected: one patched prefill, from which answers can be scored
-    ragged   prompts of different lengths, or such that end in a slot: what they have in common runs once, and the rest of each is a row
-             whose first pass is patched; for decoding
+A prompt that is given twice runs once.  What comes out is what each prompt gives alone, as `Reading.ask` and `Reading.logprobs` do, up to
+float rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lqa import engine
+from lqa import config, engine
 from lqa.activations import capture
-from lqa.chat import Rendered, render
-from lqa.decoder import LatentDecoder
+from lqa.chat import Chat, Rendered, render
+from lqa.decoder import LatentDecoder, Reading, Said, collect
 from lqa.errors import LqaError
-from lqa.grounding import map_linearly
+from lqa.grounding import donor_activations, text_only_chat
 from lqa.injection import Injection, Operation
 from lqa.models import Base
 
-ROWS = 64  # prompts of one batch
+ROWS = 32  # decoded as one batch; passes that decode nothing take twice as many
 
 
 class Prompt(NamedTuple):
-    """Token ids, and which of them are slots."""
+    """Token ids; which of them are slots; what is injected into these, (slots, D), or None: they are not patched.
 
-    ids: list[int]
-    slots: list[bool]
+    start   the position of the first token (DecoderConfig.first_position)
+    """
+
+    ids: tuple[int, ...]
+    slots: tuple[bool, ...] = ()
+    injected: Tensor | None = None
+    start: int = 0
+
+    @property
+    def patched(self) -> tuple[bool, ...]:
+        """The slots that are patched, one entry for each token."""
+        return (False,) * len(self.ids) if self.injected is None else self.slots
+
+    @property
+    def name(self) -> tuple:
+        """The same for prompts that are the same."""
+        return self.ids, self.patched, id(self.injected), self.start
 
 
-class Run(NamedTuple):
-    """Prefilled prompts, ready for engine.decode and engine.score: which of the given ones (`index`), and a row for each."""
+class Runner(NamedTuple):
+    """A model as prompts are run through it: in the state that `session` gives, its answers ended as `template` says, its slots patched
+    behind block `write_layer` (-1: at the embeddings)."""
 
-    index: list[int]
+    base: Base
     session: Callable
-    prefix: engine.Prefix
-    rows: list[engine.Row]
-    scores: bool = True  # whether answers can be scored from it
+    template: config.Prompt
+    write_layer: int = 0
+    operation: Operation = Operation("replace")
 
 
-def patch(
-    base: Base, session: Callable, prompts: Sequence[Prompt], activations: Sequence[Tensor], write_layer: int, operation: Operation
-) -> Run:
-    """Prompts whose slots receive activations: (n, D) for the n slots of each.  Raises LqaError if one begins with a slot."""
-    index, (ids, slots) = list(range(len(prompts))), prompts[0]
-    values = torch.cat(list(activations))
-    if all(prompt == prompts[0] for prompt in prompts) and not slots[-1]:
-        mask = torch.tensor([slots[:-1]] * len(prompts), device=base.device)
-        with session() as model, Injection(base, write_layer, operation) as injection, injection.armed(mask, values):
-            prefix = engine.prefill(model, [ids[:-1]] * len(prompts))
-        return Run(index, session, prefix, [engine.Row(i, ids[-1:]) for i in index])
-    first = min(prompt.slots.index(True) for prompt in prompts)
-    if not first or any(prompt.ids[:first] != ids[:first] for prompt in prompts):
-        raise LqaError("These prompts have nothing in common before their slots, or begin with one; they cannot be one batch.")
-    with session() as model:
-        prefix = engine.prefill(model, [ids[:first]])
-    longest = max(len(prompt.ids) for prompt in prompts)  # the engine pads rows on the left
-    mask = torch.tensor([[False] * (longest - len(p.ids)) + p.slots[first:] for p in prompts], device=base.device)
-    rows = [engine.Row(0, prompt.ids[first:]) for prompt in prompts]
-    return Run(index, _patched_once(session, Injection(base, write_layer, operation), mask, values), prefix, rows, scores=False)
+def adapted(decoder: LatentDecoder) -> Runner:
+    """The decoder."""
+    return Runner(decoder.base, decoder.session, decoder.config.prompt, decoder.config.write_layer, decoder.config.operation)
 
 
-def _patched_once(session: Callable, injection: Injection, slots: Tensor, values: Tensor) -> Callable:
-    """A session whose first forward pass is patched, and none after it."""
-    done = False
-
-    @contextmanager
-    def patched():
-        nonlocal done
-        with session() as model:
-            if done:
-                yield model
-                return
-            with injection:
-                injection.arm(slots, values)
-                yield model
-                done = injection.fired > 0
-
-    return patched
+def bare(decoder: LatentDecoder, write_layer: int = 0) -> Runner:
+    """The decoder's base model, its adapter off; slots are replaced."""
+    return Runner(decoder.base, decoder.base.decoding, decoder.config.prompt, write_layer)
 
 
-def asked(decoder: LatentDecoder, layer: int, injected: Sequence[Tensor], question: str, *, patched: bool = True) -> Iterable[Run]:
-    """The decoder asked `question` about activations (N, D) of `layer`, as Reading.ask asks; `patched` False: with its slots untouched."""
-    base, config = decoder.base, decoder.config
-    suffix = config.prompt.question(base.tokenizer, question)
-    prompts = []
-    for h in injected:
-        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(h), [layer])
-        prompts.append(Prompt(ids + suffix, slots + [False] * len(suffix)))
-    if not patched:
-        yield from plain(base, [prompt.ids for prompt in prompts], decoder.session)
-        return
-    for n in range(0, len(prompts), ROWS):
-        part = slice(n, n + ROWS)
-        run = patch(base, decoder.session, prompts[part], injected[part], config.write_layer, config.operation)
-        yield run._replace(index=[n + i for i in run.index])
+# --- prompts -------------------------------------------------------------------------------------------------------
 
 
-def plain(base: Base, prompts: Sequence[Sequence[int]], session: Callable | None = None) -> Iterable[Run]:
-    """Prompts as they are; in the bare model unless a session says otherwise.  Those of one length are prefilled together."""
-    session = session or base.decoding
-    for index in by_length([len(ids) for ids in prompts]):
-        with session() as model:
-            prefix = engine.prefill(model, [prompts[i][:-1] for i in index])
-        yield Run(index, session, prefix, [engine.Row(n, list(prompts[i][-1:])) for n, i in enumerate(index)])
+def ask(reading: Reading, question: str, source: str = "true", donor: Reading | None = None) -> Prompt:
+    """A question to the reading's decoder (`adapted`), about its activations.
+
+    source  `true`, or a reference: `none`, the slots are not patched; `shuffled`, they get those of `donor` (None: the packaged one)
+    """
+    decoder = reading.decoder
+    ids, slots = reading._prompt_ids(text=source != "none")
+    asked = decoder.config.prompt.question(decoder.base.tokenizer, question)
+    injected = None
+    if any(slots) and source != "none":
+        injected = reading.injected if source == "true" else donor_activations(reading, donor)
+    return Prompt((*ids, *asked), (*slots, *[False] * len(asked)), injected, reading._start)
 
 
-def ragged(base: Base, prompts: Sequence[Sequence[int]]) -> Iterable[Run]:
-    """Prompts of many lengths in the bare model: what they have in common runs once.  (Scoring would run the rest once per answer.)"""
-    for n in range(0, len(prompts), ROWS):
-        common, suffixes = engine.common_prefix(prompts[n : n + ROWS])
-        if not common:
-            yield from (run._replace(index=[n + i for i in run.index]) for run in plain(base, prompts[n : n + ROWS]))
-            continue
-        with base.decoding() as model:
-            prefix = engine.prefill(model, [common])
-        rows = [engine.Row(0, suffix) for suffix in suffixes]
-        yield Run(list(range(n, n + len(rows))), base.decoding, prefix, rows, scores=False)
+def plain(base: Base, chat: Chat) -> Prompt:
+    """A chat, with a header for the reply."""
+    return Prompt(tuple(render(base.tokenizer, chat).ids))
 
 
-def texts(base: Base, runs: Iterable[Run], max_new_tokens: int, stop_ids: Sequence[int]) -> list[str]:
-    """The greedy continuation of every prompt, in the order in which they were given."""
-    found: dict[int, list[int]] = {}
-    for run in runs:
-        found |= {i: [] for i in run.index}
-        for steps in engine.decode(run.session, run.prefix, run.rows, max_new_tokens, stop_ids):
-            for step in steps:
-                found[run.index[step.row]].append(step.token)
-    ids = [found[i] for i in range(len(found))]
-    return [text.strip() for text in base.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+def text_only(reading: Reading, question: str) -> Prompt:
+    """The reference `text_only`: the visible turns as text and the question, for the bare model."""
+    return plain(reading.decoder.base, text_only_chat(reading, question))
 
 
-def scores(runs: Iterable[Run], answers: Sequence[Sequence[int]]) -> list[list[float]]:
-    """For every prompt, the mean log-probability per token (nats) of each of `answers` (token ids) behind it."""
-    found: dict[int, list[float]] = {}
-    for run in runs:
-        if not run.scores:
-            raise LqaError("Prompts of different lengths, or such that end in a slot, are for decoding; score them one by one.")
-        rows = [row for row in run.rows for _ in answers]
-        flat = engine.score(run.session, run.prefix, rows, list(answers) * len(run.rows))
-        found |= {i: flat[n * len(answers) : (n + 1) * len(answers)] for n, i in enumerate(run.index)}
-    return [found[i] for i in range(len(found))]
+# --- what is run ---------------------------------------------------------------------------------------------------
+
+
+def say(
+    runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, width: int = ROWS
+) -> list[Said]:
+    """What the model says to each prompt: greedy, or sampled with `seed`.
+
+    Raises LqaError for a prompt that exceeds the context, has a single token, or has nothing in front of its slots.
+    """
+    _check_room(runner, prompts, max_new_tokens)
+    stop = runner.template.stop_ids(runner.base.tokenizer)
+
+    def run(index: Sequence[int], number: int) -> list[Said]:
+        batch = [prompts[i] for i in index]
+        prefix, rows, first = _prefilled(runner, batch, _common(batch))
+        choose = engine.sampler(temperature, 1.0, seed * 1_000_003 + number)
+        steps = engine.decode(runner.session, prefix, rows, max_new_tokens, stop, choose, first)
+        return collect(runner.base.tokenizer, steps, len(rows))
+
+    # Prompts with as many slots side by side, and of these the ones that get the same.
+    heads = [p.ids[: len(p.ids) - p.slots[::-1].index(True)] if any(p.slots) else p.ids for p in prompts]
+    keys = [((p.start, p.ids[0]), (len(h), h, place)) for p, h, place in zip(prompts, heads, _places(prompts), strict=True)]
+    # Samples of one prompt differ.
+    return _batched(range(len(prompts)) if temperature else [p.name for p in prompts], keys, width, run)
+
+
+def texts(runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+    """The texts that `say` gives, greedy."""
+    return [said.text for said in say(runner, prompts, max_new_tokens)]
+
+
+def score(runner: Runner, prompts: Sequence[Prompt], answers: Sequence[str], *, width: int = 2 * ROWS) -> list[float]:
+    """For every prompt the mean log-probability per token (nats, end of turn included) of the answer beside it.
+
+    Raises LqaError for a prompt that exceeds the context or ends in a slot.
+    """
+    ids = [runner.template.answer(runner.base.tokenizer, answer) for answer in answers]
+    _check_room(runner, prompts, max(map(len, ids), default=0))
+    if any(p.patched[-1] for p in prompts):
+        raise LqaError("A prompt that ends in a slot cannot be scored; put a token behind it.")
+
+    def run(index: Sequence[int], _) -> list[float]:
+        batch = [prompts[i] for i in index]
+        prefix, rows, _ = _prefilled(runner, batch, len(batch[0].ids) - 1)
+        return engine.score(runner.session, prefix, rows, [ids[i] for i in index])
+
+    keys = [((p.start, len(p.ids)), (p.ids, place)) for p, place in zip(prompts, _places(prompts), strict=True)]
+    return _batched([(p.name, answer) for p, answer in zip(prompts, answers, strict=True)], keys, width, run)
+
+
+def matrix(runner: Runner, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[float]]:
+    """`score` of every prompt with each of `answers`."""
+    n = len(answers)
+    flat = score(runner, [prompt for prompt in prompts for _ in answers], list(answers) * len(prompts))
+    return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
 
 def states(base: Base, rendered: Sequence[Rendered], layers: Sequence[int]) -> list[dict[int, Tensor]]:
     """The target's activations of whole chats, {layer: (S, D)} for each: one pass for chats of one length, all layers from it."""
-    found: dict[int, dict[int, Tensor]] = {}
-    for index in by_length([len(r) for r in rendered]):
+
+    def run(index: Sequence[int], _) -> list[dict[int, Tensor]]:
         ids = torch.tensor([rendered[i].ids for i in index], device=base.device)
         with base.decoding() as model:
             acts = capture(model, base.blocks, ids, torch.ones_like(ids), layers)
-        found |= {i: {k: acts[k][n] for k in layers} for n, i in enumerate(index)}
-    return [found[i] for i in range(len(found))]
+        return [{k: acts[k][n] for k in layers} for n in range(len(index))]
+
+    return _batched(range(len(rendered)), [(len(r), 0) for r in rendered], 2 * ROWS, run)
 
 
-def by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Positions with the same length, at most ROWS together, the shortest first."""
-    groups: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        groups.setdefault(length, []).append(i)
-    return [group[n : n + ROWS] for _, group in sorted(groups.items()) for n in range(0, len(group), ROWS)]
+# --- how -----------------------------------------------------------------------------------------------------------
 
 
-def chat_ids(base: Base, chats: Sequence[list[dict[str, str]]]) -> list[list[int]]:
-    """The chats as token ids, with a header for the reply."""
-    return [render(base.tokenizer, chat).ids for chat in chats]
+def _batched(names: Sequence, keys: Sequence[tuple], width: int, run: Callable) -> list:
+    """`run(index, number)` over batches of at most `width` indices whose `keys` (group, place) name one group; one result for every index.
+
+    Of those with the same name only the first runs.
+    """
+    first: dict = {}
+    for i, name in enumerate(names):
+        first.setdefault(name, i)
+    found, number = {}, 0
+    for _, group in groupby(sorted(first.values(), key=lambda i: keys[i]), lambda i: keys[i][0]):
+        group = list(group)
+        for n in range(0, len(group), width):
+            index = group[n : n + width]
+            found |= zip((names[i] for i in index), run(index, number), strict=True)
+            number += 1
+    return [found[name] for name in names]
 
 
-def donated(injected: Sequence[Tensor]) -> list[Tensor]:
-    """The reference `shuffled` of a set: each reading gets the next one's activations, mapped linearly onto its own slots."""
-    return [map_linearly(injected[(i + 1) % len(injected)], len(h)) for i, h in enumerate(injected)]
+def _places(prompts: Sequence[Prompt]) -> list[int]:
+    """For every prompt which of the things that are injected it gets, numbered as they come."""
+    seen: dict[int, int] = {}
+    return [seen.setdefault(id(prompt.injected), len(seen)) for prompt in prompts]
+
+
+def _common(prompts: Sequence[Prompt]) -> int:
+    """How many tokens can be prefilled for all: what they have in common, only up to the first slot if not all slots are in it."""
+    n = len(engine.common_prefix([prompt.ids for prompt in prompts])[0])
+    slots = [i for prompt in prompts for i, slot in enumerate(prompt.patched) if slot]
+    if slots and max(slots) >= n:
+        n = min(n, *slots)
+    return n
+
+
+def _prefilled(runner: Runner, prompts: Sequence[Prompt], n: int) -> tuple[engine.Prefix, list[engine.Row], Callable]:
+    """The first n tokens of every prompt prefilled, what is the same once; the rows that continue them; the session of their first pass."""
+    if not n:
+        raise LqaError("A prompt of a single token, or one that begins with its slots, cannot be run; put a token in front.")
+    heads = [(p.ids[:n], id(p.injected) if any(p.patched[:n]) else None) for p in prompts]
+    distinct = dict(zip(heads, prompts, strict=True))
+    place = {head: i for i, head in enumerate(distinct)}
+    with _session(runner, distinct.values(), [p.patched[:n] for p in distinct.values()]) as model:
+        prefix = engine.prefill(model, [ids for ids, _ in distinct], prompts[0].start)
+    longest = max(len(p.ids) for p in prompts)  # the engine pads rows on the left
+    slots = [(False,) * (longest - len(p.ids)) + p.patched[n:] for p in prompts]
+    rows = [engine.Row(place[head], list(p.ids[n:])) for head, p in zip(heads, prompts, strict=True)]
+    return prefix, rows, partial(_session, runner, prompts, slots)
+
+
+@contextmanager
+def _session(runner: Runner, prompts: Sequence[Prompt], slots: Sequence[Sequence[bool]]):
+    """The runner's session for one pass, over rows with these `slots`: they get what the prompts hold."""
+    values = [prompt.injected for prompt, own in zip(prompts, slots, strict=True) if any(own)]
+    with runner.session() as model:
+        if not values:
+            yield model
+            return
+        with Injection(runner.base, runner.write_layer, runner.operation) as injection:
+            with injection.armed(torch.tensor(slots, device=runner.base.device), torch.cat(values)):
+                yield model
+
+
+def _check_room(runner: Runner, prompts: Sequence[Prompt], new: int) -> None:
+    tokens = max((prompt.start + len(prompt.ids) for prompt in prompts), default=0)
+    if tokens + new > runner.base.context:
+        text = f"A prompt has {tokens} tokens and {new} more belong behind it, but the model's context is {runner.base.context}"
+        raise LqaError(f"{text}; leave the item that is so long out.")

@@ -30,9 +30,10 @@ from pathlib import Path
 import torch
 
 from lqa.calibration import Calibration, fit
+from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
-from lqa.evals import answers, data, embedding
-from lqa.evals.data import QUESTIONS
+from lqa.evals import batch, data, embedding
+from lqa.evals.data import QUESTIONS, Item
 from lqa.evals.embedding import PACKAGE, similarities
 from lqa.evals.identify import FIXED_MESSAGE, Draw, M, centred, hits, make_draws
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
@@ -142,10 +143,13 @@ def _where(part: str, name: str, chunk: Sequence[Draw]) -> str:
     return f"{part}/{name}/{','.join(label for draw in chunk for label in draw.labels)}"
 
 
-def _asks(job: Job, chunk: Sequence[Draw]) -> list[answers.Ask]:
-    """The generic question to each counted item."""
-    pairs = [(item, QUESTIONS[item.kind]) for draw in chunk for item in draw.items[: draw.counted]]
-    return [answers.ask_true(answers.read(job, item.control, FIXED_MESSAGE), question) for item, question in pairs]
+def _counted(chunk: Sequence[Draw]) -> list[Item]:
+    return [item for draw in chunk for item in draw.items[: draw.counted]]
+
+
+def _asked(job: Job, items: Sequence[Item], source: str = "true", decoder: LatentDecoder | None = None) -> list[batch.Prompt]:
+    """The generic question to each item (`batch.ask`), of the suite's decoder or another one."""
+    return [batch.ask(job.read_under(item.control, FIXED_MESSAGE, decoder), QUESTIONS[item.kind], source) for item in items]
 
 
 def _judged(chunk: Sequence[Draw], texts: Sequence[str]) -> list[float]:
@@ -160,18 +164,18 @@ def _judged(chunk: Sequence[Draw], texts: Sequence[str]) -> list[float]:
 
 def _answers(job: Job, chunk: Sequence[Draw], name: str) -> list[dict]:
     def make() -> dict:
-        asks = _asks(job, chunk)
-        said = answers.say(job.decoder, asks, MAX_NEW_TOKENS)
+        runner, items = batch.adapted(job.decoder), _counted(chunk)
+        asked = _asked(job, items)
+        said = batch.say(runner, asked, MAX_NEW_TOKENS)
         texts = [s.text or "." for s in said]  # nothing cannot be scored
-        own = answers.likelihoods(job.decoder, asks, texts)
-        none = answers.likelihoods(job.decoder, [ask._replace(injected=None) for ask in asks], texts)
+        own, none = batch.score(runner, asked, texts), batch.score(runner, _asked(job, items, "none"), texts)
         numbers = [
             {"probability": s.probability, "logprob": s.logprob, "grounded": a - b} for s, a, b in zip(said, own, none, strict=True)
         ]
         return {"answers": [s.text for s in said], "features": numbers}
 
     found = job.once(_where("answers", name, chunk), make)
-    labels = [item.label for draw in chunk for item in draw.items[: draw.counted]]
+    labels = [item.label for item in _counted(chunk)]
     rows = zip(labels, found["answers"], found["features"], _judged(chunk, found["answers"]), strict=True)
     return [
         {"id": label, "answer": text, "features": numbers | {"exp_logprob": math.exp(numbers["logprob"])}, "right": right}
@@ -181,8 +185,8 @@ def _answers(job: Job, chunk: Sequence[Draw], name: str) -> list[dict]:
 
 def _samples(job: Job, chunk: Sequence[Draw], name: str, found: Sequence[dict]) -> list[dict]:
     def make() -> dict:
-        asks = [ask for ask in _asks(job, chunk) for _ in range(SAMPLES)]
-        said = answers.say(job.decoder, asks, SAMPLE_TOKENS, temperature=TEMPERATURE, seed=job.seed)
+        prompts = [prompt for prompt in _asked(job, _counted(chunk)) for _ in range(SAMPLES)]
+        said = batch.say(batch.adapted(job.decoder), prompts, SAMPLE_TOKENS, temperature=TEMPERATURE, seed=job.seed)
         return {"samples": [[s.text for s in said[n : n + SAMPLES]] for n in range(0, len(said), SAMPLES)]}
 
     samples = job.once(_where("samples", name, chunk), make)["samples"]
@@ -192,22 +196,20 @@ def _samples(job: Job, chunk: Sequence[Draw], name: str, found: Sequence[dict]) 
 
 def _references(job: Job, chunk: Sequence[Draw], name: str) -> list[dict]:
     """Whether the answers of the references are right: no activations, the visible text, and the suite's further decoders."""
-    items = [item for draw in chunk for item in draw.items[: draw.counted]]
+    items = _counted(chunk)
 
     def make() -> dict:
-        readings, questions = [answers.read(job, item.control, FIXED_MESSAGE) for item in items], [QUESTIONS[item.kind] for item in items]
-        asks = [answers.ask_none(reading, question) for reading, question in zip(readings, questions, strict=True)]
-        said = answers.say(job.decoder, asks, MAX_NEW_TOKENS)
-        text_only = answers.say_text_only(job.decoder, readings, questions, MAX_NEW_TOKENS)
+        said = batch.say(batch.adapted(job.decoder), _asked(job, items, "none"), MAX_NEW_TOKENS)
+        shown = [batch.text_only(job.read_under(item.control, FIXED_MESSAGE), QUESTIONS[item.kind]) for item in items]
+        text_only = batch.texts(batch.bare(job.decoder), shown, MAX_NEW_TOKENS)
         return {"none": [s.text for s in said], "logprob": [s.logprob for s in said], "text_only": text_only}
 
     found = job.once(_where("references", name, chunk), make)
     texts = {row: found[row] for row in ("none", "text_only")}
-    for row, decoder in answers.further(job).items():
+    for row, decoder in job.further.items():
 
         def more(decoder=decoder) -> dict:
-            pairs = [(answers.read(job, item.control, FIXED_MESSAGE, decoder), QUESTIONS[item.kind]) for item in items]
-            return {"said": [s.text for s in answers.say(decoder, [answers.ask_true(*pair) for pair in pairs], MAX_NEW_TOKENS)]}
+            return {"said": batch.texts(batch.adapted(decoder), _asked(job, items, decoder=decoder), MAX_NEW_TOKENS)}
 
         texts[row] = job.once(_where(f"references/{row}", name, chunk), more)["said"]
     right = {row: _judged(chunk, said) for row, said in texts.items()}
@@ -222,13 +224,8 @@ def _identified(job: Job, chunk: Sequence[Draw], name: str) -> list[dict]:
     """Of each draw's descriptions, whether the one with the highest centred score is the true one, and how sure its softmax is."""
 
     def make() -> dict:
-        asks, texts = [], []
-        for draw in chunk:
-            for item in draw.items:
-                asks += [answers.ask_true(answers.read(job, item.control, FIXED_MESSAGE), QUESTIONS[item.kind])] * len(draw.items)
-                texts += [other.answer for other in draw.items]
-        scores = iter(answers.likelihoods(job.decoder, asks, texts))
-        return {"scores": [[[next(scores) for _ in draw.items] for _ in draw.items] for draw in chunk]}
+        runner = batch.adapted(job.decoder)
+        return {"scores": [batch.matrix(runner, _asked(job, draw.items), [item.answer for item in draw.items]) for draw in chunk]}
 
     entries = []
     for draw, scores in zip(chunk, job.once(_where("identify", name, chunk), make)["scores"], strict=True):

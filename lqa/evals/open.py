@@ -27,7 +27,7 @@ from torch import Tensor
 from lqa.corpus import load_questions
 from lqa.corpus.schema import content_words
 from lqa.errors import LqaError
-from lqa.evals import answers, data, embedding
+from lqa.evals import batch, data, embedding
 from lqa.evals.data import QUESTIONS, Item
 from lqa.evals.embedding import PACKAGE, similarities
 from lqa.evals.identify import FIXED_MESSAGE
@@ -128,30 +128,25 @@ def _answer(job: Job, part: str, cases: Sequence[Case], donor: Sequence[int], ch
     where = f"{part}/{','.join(cases[i].item.label for i in chunk)}"
 
     def read(i: int, decoder=None):
-        return answers.read(job, cases[i].item.control, cases[i].message, decoder)
+        return job.read_under(cases[i].item.control, cases[i].message, decoder)
 
     def references() -> dict[str, list[str]]:
         readings = {i: read(i) for i in sorted({*chunk, *(donor[i] for i in chunk)})}
-        asks = [
-            *(answers.ask_true(readings[i], q) for i, q in zip(chunk, questions, strict=True)),
-            *(answers.ask_none(readings[i], q) for i, q in zip(chunk, questions, strict=True)),
-            *(answers.ask_shuffled(readings[i], readings[donor[i]], q) for i, q in zip(chunk, questions, strict=True)),
-        ]
-        said = [a.text for a in answers.say(job.decoder, asks, MAX_NEW_TOKENS)]
-        n = len(chunk)
-        text_only = answers.say_text_only(job.decoder, [readings[i] for i in chunk], questions, MAX_NEW_TOKENS)
+        asked = list(zip([readings[i] for i in chunk], questions, [readings[donor[i]] for i in chunk], strict=True))
+        prompts = [batch.ask(reading, q, source, other) for source in ("true", "none", "shuffled") for reading, q, other in asked]
+        said, n = batch.texts(batch.adapted(job.decoder), prompts, MAX_NEW_TOKENS), len(chunk)
+        text_only = batch.texts(batch.bare(job.decoder), [batch.text_only(reading, q) for reading, q, _ in asked], MAX_NEW_TOKENS)
         return {"ours": said[:n], "none": said[n : 2 * n], "shuffled": said[2 * n :], "text_only": text_only}
 
     rows = job.once(where, references)
-    for name, decoder in answers.further(job).items():
+    for name, decoder in job.further.items():
 
         def more(decoder=decoder) -> dict[str, list[str]]:
-            asks = [answers.ask_true(read(i, decoder), q) for i, q in zip(chunk, questions, strict=True)]
-            return {"said": [a.text for a in answers.say(decoder, asks, MAX_NEW_TOKENS)]}
+            prompts = [batch.ask(read(i, decoder), q) for i, q in zip(chunk, questions, strict=True)]
+            return {"said": batch.texts(batch.adapted(decoder), prompts, MAX_NEW_TOKENS)}
 
         rows = rows | {name: job.once(f"{where}/{name}", more)["said"]}
     return rows
-
 
 
 def check(folder: Path | None) -> None:

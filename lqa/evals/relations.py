@@ -26,20 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lqa.chat import Rendered, render
-from lqa.decoder import LatentDecoder, Reading
+from lqa.decoder import Reading
 from lqa.errors import LqaError
 from lqa.evals import batch
 from lqa.evals.baselines.logit_lens import logit_lens
 from lqa.evals.baselines.patchscopes import patchscope
 from lqa.evals.baselines.probe import cross_validated, learnable
-from lqa.evals.baselines.selfie import selfie
+from lqa.evals.baselines.selfie import WRITE_LAYER, selfie
 from lqa.evals.data import RELATIONS_HOME
 from lqa.evals.mention import contains
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
-from lqa.grounding import donor_activations, text_only_chat
 
 COLUMNS = ("prompt_target", "prompt_source", "subject", "object")
 QUESTIONS = {
@@ -255,40 +253,34 @@ def _visible(item: Item) -> list[dict[str, str]]:
     return [{"role": "user", "content": item.snippet}]
 
 
-def _stop(job: Job) -> list[int]:
-    return job.decoder.config.prompt.stop_ids(job.decoder.base.tokenizer)
-
-
 def _asked(job: Job, chats: Sequence, layer: int, question: str) -> tuple[list[Reading], dict[str, list[str]]]:
     """The decoder's readings of chats, and its answers: "ours", "none", "shuffled", and "ours" of every further decoder of the run."""
     readings = [job.read(chat, SPAN, layer) for chat in chats]
-    injected = [reading.injected for reading in readings]
-
-    def answers(given: Sequence[Tensor], decoder: LatentDecoder = job.decoder, patched: bool = True) -> list[str]:
-        runs = batch.asked(decoder, decoder.config.check_layer(layer), given, question, patched=patched)
-        return batch.texts(decoder.base, runs, NEW_TOKENS, _stop(job))
-
-    lengths = {len(h): h for h in injected}  # unpatched prompts differ in their number of slots only
-    none = dict(zip(lengths, answers(list(lengths.values()), patched=False), strict=True))
-    shuffled = batch.donated(injected) if len(injected) > 1 else [donor_activations(readings[0])]
-    found = {"ours": answers(injected), "none": [none[len(h)] for h in injected], "shuffled": answers(shuffled)}
+    donors = readings[1:] + readings[:1] if len(readings) > 1 else [None]
+    prompts = {
+        "ours": [batch.ask(reading, question) for reading in readings],
+        "none": [batch.ask(reading, question, "none") for reading in readings],
+        "shuffled": [batch.ask(reading, question, "shuffled", donor) for reading, donor in zip(readings, donors, strict=True)],
+    }
+    found = {method: batch.texts(batch.adapted(job.decoder), asked, NEW_TOKENS) for method, asked in prompts.items()}
     for name, other in job.rows.items():
         if layer in other.config.read_layers:
-            found[name] = answers([job.read(chat, SPAN, layer, other).injected for chat in chats], other)
+            prompts = [batch.ask(job.read(chat, SPAN, layer, other), question) for chat in chats]
+            found[name] = batch.texts(batch.adapted(other), prompts, NEW_TOKENS)
     return readings, found
 
 
 def _read(job: Job, chunk: Sequence[Item], layer: int) -> dict[str, list[str]]:
     """Every method's answers from the activations of `layer`."""
-    base = job.decoder.base
+    decoder, base = job.decoder, job.decoder.base
     readings, found = _asked(job, [_visible(item) for item in chunk], layer, question_of(chunk[0]))
     at = [r.span.index(last_token(base.tokenizer, r.rendered, i.subject)) for r, i in zip(readings, chunk, strict=True)]
     subjects = torch.stack([r.activations[n] for r, n in zip(readings, at, strict=True)])
-    for target in sorted({layer, *job.decoder.config.read_layers}):
-        run = patchscope(base, subjects, chunk[0].prompt, "x", target)
-        found[f"patchscopes/{target}"] = batch.texts(base, [run], NEW_TOKENS, _stop(job))
+    prompts = patchscope(base, subjects, chunk[0].prompt, "x")
+    for target in sorted({layer, *decoder.config.read_layers}):
+        found[f"patchscopes/{target}"] = batch.texts(batch.bare(decoder, target), prompts, NEW_TOKENS)
     found["patchscopes"] = found[f"patchscopes/{layer}"]
-    found["selfie"] = batch.texts(base, [selfie(base, subjects)], NEW_TOKENS, _stop(job))
+    found["selfie"] = batch.texts(batch.bare(decoder, WRITE_LAYER), selfie(base, subjects), NEW_TOKENS)
     top = logit_lens(base, subjects).argmax(-1).tolist()
     # One token cannot contain the object: where it is the object's first, the object is entered for it.
     found["logit_lens"] = [i.object if t in first_tokens(base.tokenizer, i.object) else "" for i, t in zip(chunk, top, strict=True)]
@@ -308,19 +300,15 @@ def _hidden(job: Job, chunk: Sequence[Item], layer: int) -> dict[str, list[str]]
 
 def _from_text(job: Job, chunk: Sequence[Item]) -> dict[str, list[str]]:
     """The bare model's answers, to which layers do not matter."""
-    base = job.decoder.base
-    question = question_of(chunk[0])
-    readings = [job.read(_visible(item), SPAN) for item in chunk]
-    chats = [text_only_chat(reading, question) for reading in readings]
+    tokenizer, question = job.decoder.base.tokenizer, question_of(chunk[0])
     prompts = [re.sub(r"(?<!\w)x(?!\w)", lambda _, i=i: i.subject, i.prompt) for i in chunk]
-    told = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    found = {
-        "text_only": batch.texts(base, batch.ragged(base, batch.chat_ids(base, chats)), NEW_TOKENS, _stop(job)),
-        "told": batch.texts(base, batch.ragged(base, told), NEW_TOKENS, _stop(job)),
-    }
+    told = [batch.Prompt(tuple(tokenizer(prompt)["input_ids"])) for prompt in prompts]
+    shown = [batch.text_only(job.read(_visible(item), SPAN), question) for item in chunk]
+    bare = batch.bare(job.decoder)
+    found = {"text_only": batch.texts(bare, shown, NEW_TOKENS), "told": batch.texts(bare, told, NEW_TOKENS)}
     if (trained := job.text_only_trained) is not None:
-        own = [job.read(_visible(item), SPAN, None, trained) for item in chunk]
-        found["text_only_trained"] = [reading.ask(question, max_new_tokens=NEW_TOKENS)[0].text for reading in own]
+        own = [batch.ask(job.read(_visible(item), SPAN, None, trained), question) for item in chunk]
+        found["text_only_trained"] = batch.texts(batch.adapted(trained), own, NEW_TOKENS)
     return found
 
 

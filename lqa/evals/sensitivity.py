@@ -18,7 +18,7 @@ text alone.  *Silent* is the same with a text that says nothing of the matter: w
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import yaml
 
 from lqa.errors import LqaError
-from lqa.evals import answers, data, embedding
+from lqa.evals import batch, data, embedding
 from lqa.evals.data import QUESTIONS, Item
 from lqa.evals.embedding import PACKAGE, similarities
 from lqa.evals.identify import FIXED_MESSAGE
@@ -172,37 +172,31 @@ def _measure(job: Job, where: str, sides: Sequence[Sequence[Side]], donors: Sequ
     pairs = [(i, j) for span in spans for i in span for j in span]  # every reading with every answer of its group
 
     def read(side: Side, decoder=None):
-        return answers.read(job, side.system, side.message, decoder)
+        return job.read_under(side.system, side.message, decoder)
 
-    def grouped(values: Sequence[float], said: Sequence[str]) -> list[dict]:
-        value = dict(zip(pairs, values, strict=True))
-        return [{"scores": [[value[i, j] for j in span] for i in span], "answers": [said[i] for i in span]} for span in spans]
-
-    def measure(decoder, ask: Callable) -> list[dict]:
-        asks = [ask(i) for i in range(len(flat))]
-        values = answers.likelihoods(decoder, [asks[i] for i, _ in pairs], [flat[j].answer for _, j in pairs])
-        return grouped(values, [a.text for a in answers.say(decoder, asks, MAX_NEW_TOKENS)])
+    def measure(runner: batch.Runner, prompts: Sequence[batch.Prompt]) -> list[dict]:
+        scores = batch.score(runner, [prompts[i] for i, _ in pairs], [flat[j].answer for _, j in pairs])
+        value, said = dict(zip(pairs, scores, strict=True)), batch.say(runner, prompts, MAX_NEW_TOKENS)
+        return [{"scores": [[value[i, j] for j in span] for i in span], "answers": [said[i].text for i in span]} for span in spans]
 
     def references() -> dict[str, list[dict]]:
         readings = [read(side) for side in flat]
         strangers = [read(donor[k % len(donor)]) for donor, group in zip(donors, sides, strict=True) for k in range(len(group))]
         questions = [side.question for side in flat]
-        told = [(readings[i], questions[i], flat[j].answer) for i, j in pairs]
+        asked = list(zip(readings, questions, strangers, strict=True))
+        ours = batch.adapted(job.decoder)
         return {
-            "ours": measure(job.decoder, lambda i: answers.ask_true(readings[i], questions[i])),
-            "none": measure(job.decoder, lambda i: answers.ask_none(readings[i], questions[i])),
-            "shuffled": measure(job.decoder, lambda i: answers.ask_shuffled(readings[i], strangers[i], questions[i])),
-            "text_only": grouped(
-                answers.score_text_only(job.decoder, *zip(*told, strict=True)),
-                answers.say_text_only(job.decoder, readings, questions, MAX_NEW_TOKENS),
-            ),
+            "ours": measure(ours, [batch.ask(reading, q) for reading, q, _ in asked]),
+            "none": measure(ours, [batch.ask(reading, q, "none") for reading, q, _ in asked]),
+            "shuffled": measure(ours, [batch.ask(reading, q, "shuffled", other) for reading, q, other in asked]),
+            "text_only": measure(batch.bare(job.decoder), [batch.text_only(reading, q) for reading, q, _ in asked]),
         }
 
     rows = job.once(where, references)
-    for name, decoder in answers.further(job).items():
+    for name, decoder in job.further.items():
 
         def more(decoder=decoder) -> dict[str, list[dict]]:
-            return {"results": measure(decoder, lambda i: answers.ask_true(read(flat[i], decoder), flat[i].question))}
+            return {"results": measure(batch.adapted(decoder), [batch.ask(read(side, decoder), side.question) for side in flat])}
 
         rows = rows | {name: job.once(f"{where}/{name}", more)["results"]}
     return rows

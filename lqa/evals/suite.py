@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lqa.activations import Passes
+from lqa.corpus.readings import FORMS
 from lqa.decoder import LatentDecoder, Reading
 from lqa.evals.statistics import bootstrap
 from lqa.journal import Journal
@@ -125,6 +126,16 @@ class Job:
     def read(self, chat, span, layer: int | None = None, decoder: LatentDecoder | None = None) -> Reading:
         """`decoder.read` of the suite's decoder (or another one); a chat is passed through the target once, for all spans and layers."""
         return (decoder or self.decoder).read(chat, span, layer, passes=self.passes)
+
+    def read_under(self, system: str, message: str, decoder: LatentDecoder | None = None) -> Reading:
+        """The reading of a message under a hidden system prompt, at the decoder's default layer."""
+        chat = [{"role": "system", "content": system}, {"role": "user", "content": message}]
+        return self.read(chat, FORMS["system"], decoder=decoder)
+
+    @property
+    def further(self) -> dict[str, LatentDecoder]:
+        """The decoders besides the suite's own that get a row: text_only_trained if there is one, and those asked for by name."""
+        return ({"text_only_trained": self.text_only_trained} if self.text_only_trained else {}) | self.rows
 
     def progress(self, done: int, total: int, what: str = "") -> None:
         """Prints how far the suite is and about how long it will take."""

@@ -27,10 +27,11 @@ import torch
 import yaml
 
 from lqa.chat import render, resolve_span
+from lqa.decoder import LatentDecoder, Reading
 from lqa.evals import batch
 from lqa.evals.baselines.patchscopes import DESCRIPTION, patchscope
 from lqa.evals.baselines.probe import cross_validated
-from lqa.evals.baselines.selfie import selfie
+from lqa.evals.baselines.selfie import WRITE_LAYER, selfie
 from lqa.evals.identify import hits
 from lqa.evals.mention import contains
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
@@ -140,41 +141,34 @@ def _chat(persona: Persona, message: str) -> list[dict[str, str]]:
 
 def _message(job: Job, personas: Sequence[Persona], message: str, question: str) -> dict[str, dict]:
     """{method: {"scores": one row of log-probabilities for each persona's reading, "texts": its free answer}}."""
-    decoder, base = job.decoder, job.decoder.base
-    prompt, layer = decoder.config.prompt, decoder.config.default_layer
-    stop = prompt.stop_ids(base.tokenizer)
-    answers = [prompt.answer(base.tokenizer, persona.answer) for persona in personas]
-    readings = [job.read(_chat(persona, message), SPAN, layer) for persona in personas]
-    injected = [reading.injected for reading in readings]
+    decoder, layer = job.decoder, job.decoder.config.default_layer
+    answers, runner, target = [persona.answer for persona in personas], batch.adapted(decoder), batch.bare(decoder)
 
-    def both(runs, times: int = 1) -> dict[str, list]:
-        runs = list(runs)
-        return {"scores": batch.scores(runs, answers) * times, "texts": batch.texts(base, runs, NEW_TOKENS, stop) * times}
+    def read(other: LatentDecoder) -> list[Reading]:
+        return [job.read(_chat(persona, message), SPAN, None, other) for persona in personas]
 
-    def told(visible: Sequence[str]):
-        chats = [[{"role": "user", "content": TEXT_ONLY.format(visible=text, question=question)}] for text in visible]
-        return batch.plain(base, batch.chat_ids(base, chats))
+    def both(runner: batch.Runner, prompts: Sequence[batch.Prompt]) -> dict[str, list]:
+        return {"scores": batch.matrix(runner, prompts, answers), "texts": batch.texts(runner, prompts, NEW_TOKENS)}
 
-    replies = batch.texts(base, batch.plain(base, batch.chat_ids(base, [_chat(p, message) for p in personas])), REPLY_TOKENS, stop)
+    def told(reply: str) -> batch.Prompt:
+        visible = f"User: {message}\nAssistant: {reply}"
+        return batch.plain(decoder.base, [{"role": "user", "content": TEXT_ONLY.format(visible=visible, question=question)}])
+
+    readings = read(decoder)
+    replies = batch.texts(target, [batch.plain(decoder.base, _chat(persona, message)) for persona in personas], REPLY_TOKENS)
     last = torch.stack([reading.activations[-1] for reading in readings])
-    same = len(personas)  # what is the same for every persona is computed once
+    # The colon, which the paper's model writes itself, is given, so that answers can be scored behind it.
+    described = patchscope(decoder.base, last, DESCRIPTION + ":", "x")
     found = {
-        "ours": both(batch.asked(decoder, layer, injected, question)),
-        "none": both(batch.asked(decoder, layer, injected[:1], question, patched=False), same),
-        "text_only": both(told([f"User: {message}"]), same),
-        "reply": both(told([f"User: {message}\nAssistant: {reply}" for reply in replies])),
-        "selfie": both([selfie(base, last)]),
-        # The colon, which the paper's model writes itself, is given, so that answers can be scored behind it.
-        "patchscopes": both([patchscope(base, last, DESCRIPTION + ":", "x", layer)]),
+        "ours": both(runner, [batch.ask(reading, question) for reading in readings]),
+        "none": both(runner, [batch.ask(reading, question, "none") for reading in readings]),
+        "text_only": both(target, [batch.text_only(reading, question) for reading in readings]),
+        "reply": both(target, [told(reply) for reply in replies]),
+        "selfie": both(batch.bare(decoder, WRITE_LAYER), selfie(decoder.base, last)),
+        "patchscopes": both(batch.bare(decoder, layer), described),
     }
-    if (trained := job.text_only_trained) is not None:
-        reading = job.read(_chat(personas[0], message), SPAN, None, trained)
-        scores = reading.logprobs(question, [persona.answer for persona in personas])
-        text = reading.ask(question, max_new_tokens=NEW_TOKENS)[0].text
-        found["text_only_trained"] = {"scores": [scores] * same, "texts": [text] * same}
-    for name, other in job.rows.items():
-        others = [job.read(_chat(persona, message), SPAN, None, other) for persona in personas]
-        found[name] = both(batch.asked(other, other.config.default_layer, [reading.injected for reading in others], question))
+    for name, other in job.further.items():
+        found[name] = both(batch.adapted(other), [batch.ask(reading, question) for reading in read(other)])
     return found
 
 

@@ -12,8 +12,7 @@ import re
 from torch import Tensor
 
 from lqa.errors import LqaError
-from lqa.evals.batch import Prompt, Run, patch
-from lqa.injection import Operation
+from lqa.evals.batch import Prompt
 from lqa.models import Base
 
 # Section 4.1, token identity: few-shot repetition; the model is to name the token that h belongs to.
@@ -22,8 +21,8 @@ IDENTITY = "cat -> cat; 135 -> 135; hello -> hello; ?"
 DESCRIPTION = "Syria: Country in the Middle East, Leonardo DiCaprio: American actor, Samsung: South Korean multinational company, x"
 
 
-def patchscope(base: Base, activations: Tensor, prompt: str, placeholder: str, write_layer: int) -> Run:
-    """`prompt` with the last occurrence of `placeholder` replaced, once for each of the activations (R, D), behind block `write_layer`.
+def patchscope(base: Base, activations: Tensor, prompt: str, placeholder: str) -> list[Prompt]:
+    """`prompt` with the last occurrence of `placeholder` as a slot, once for each of the activations (R, D); the write layer is l*.
 
     Raises LqaError if the placeholder is not in the prompt, or is not there as tokens of its own.
     """
@@ -33,5 +32,4 @@ def patchscope(base: Base, activations: Tensor, prompt: str, placeholder: str, w
     covered = "".join(prompt[a:b] for (a, b), slot in zip(encoded["offset_mapping"], slots, strict=True) if slot)
     if sum(slots) != 1 or covered.strip() != placeholder:
         raise LqaError(f"The prompt {prompt!r} does not hold {placeholder!r} as one token; choose another placeholder.")
-    prompts = [Prompt(list(encoded["input_ids"]), slots)] * len(activations)
-    return patch(base, base.decoding, prompts, list(activations.unsqueeze(1)), write_layer, Operation("replace"))
+    return [Prompt(tuple(encoded["input_ids"]), tuple(slots), h) for h in activations.unsqueeze(1)]

@@ -9,8 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lqa.chat import render
-from lqa.evals.batch import Prompt, Run, patch
-from lqa.injection import Operation
+from lqa.evals.batch import Prompt
 from lqa.models import Base
 
 PLACEHOLDERS = 5
@@ -18,15 +17,14 @@ OPENING = "Sure, I'll summarize your message:"
 WRITE_LAYER = 0
 
 
-def selfie(base: Base, activations: Tensor, write_layer: int = WRITE_LAYER) -> Run:
-    """The interpretation prompt, once for each of the activations (R, D)."""
+def selfie(base: Base, activations: Tensor) -> list[Prompt]:
+    """The interpretation prompt with five slots, once for each of the activations (R, D); the write layer is WRITE_LAYER."""
     rendered = render(base.tokenizer, [{"role": "user", "content": " _" * PLACEHOLDERS}])
     slots = [token.content for token in rendered.tokens]
     # A template may trim, and a tokenizer merge: five slots of the placeholder's token, whatever its text has become.
     first, last = slots.index(True), len(slots) - slots[::-1].index(True)
     filler = base.tokenizer(" _", add_special_tokens=False)["input_ids"][-1]
     opening = base.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
-    ids = [*rendered.ids[:first], *[filler] * PLACEHOLDERS, *rendered.ids[last:], *opening]
-    mask = [False] * first + [True] * PLACEHOLDERS + [False] * (len(ids) - first - PLACEHOLDERS)
-    values = list(activations.unsqueeze(1).expand(-1, PLACEHOLDERS, -1))
-    return patch(base, base.decoding, [Prompt(ids, mask)] * len(values), values, write_layer, Operation("replace"))
+    ids = (*rendered.ids[:first], *[filler] * PLACEHOLDERS, *rendered.ids[last:], *opening)
+    mask = tuple(first <= i < first + PLACEHOLDERS for i in range(len(ids)))
+    return [Prompt(ids, mask, h.expand(PLACEHOLDERS, -1)) for h in activations.unsqueeze(1)]
