@@ -169,9 +169,7 @@ def _answers(job: Job, chunk: Sequence[Draw], name: str) -> list[dict]:
         said = batch.say(runner, asked, MAX_NEW_TOKENS)
         texts = [s.text or "." for s in said]  # nothing cannot be scored
         own, none = batch.score(runner, asked, texts), batch.score(runner, _asked(job, items, "none"), texts)
-        numbers = [
-            {"probability": s.probability, "logprob": s.logprob, "grounded": a - b} for s, a, b in zip(said, own, none, strict=True)
-        ]
+        numbers = [{"probability": s.probability, "logprob": s.logprob, "grounded": a - b} for s, a, b in zip(said, own, none, strict=True)]
         return {"answers": [s.text for s in said], "features": numbers}
 
     found = job.once(_where("answers", name, chunk), make)
@@ -347,7 +345,7 @@ def _reference_table(draws: Sequence[Draw], found: Sequence[dict], clusters: lis
     def mean(values: Sequence[float]) -> Cell:
         return cell([[values[i] for i in cluster] for cluster in clusters])
 
-    order = sorted(right, key=lambda row: (["ours", "none", "shuffled", "text_only", row].index(row)))
+    order = sorted(right, key=lambda row: ["ours", "none", "shuffled", "text_only", row].index(row))
     rows = {row: [mean(right[row]), mean(confidence[row]) if row in confidence else None] for row in order}
     note = f"{chance[0].upper()}{chance[1:]}; confidence: `all`, fitted."
     return Table("Free answers that are right, and the confidence in them", {"right": "%", "confidence": "%"}, rows, note)
