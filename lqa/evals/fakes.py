@@ -1,7 +1,7 @@
 """Decoders that must not pass for readers: a suite that lets one pass measures nothing.
 
-    random      the decoder with random LoRA weights; its interval must include chance on the fixed message
-    untrained   the decoder with its LoRA as before training.  Where the conditioning is `projected`, the injected difference is mapped to
+    random      the decoder, its LoRA random; its interval must include chance on the fixed message
+    untrained   the decoder, its LoRA untrained.  Where the conditioning is `projected`, the injected difference is mapped to
                 what the base model can read by itself, so this one may well be above chance: it is what training starts from
 
 A third, trained on another control's activations, is a training run of its own (`mixture.shuffled_activations=true`, train.data).

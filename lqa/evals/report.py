@@ -23,8 +23,8 @@ WORDS = {  # what the references are called in every suite
     "shuffled": "the decoder, another chat's activations",
     "text_only": "the bare model, from the visible text",
     "text_only_trained": "a decoder of the same budget, trained on the visible text",
-    "random": "the decoder with random LoRA weights",
-    "untrained": "the decoder with its LoRA as before training",
+    "random": "the decoder, its LoRA random",
+    "untrained": "the decoder, its LoRA untrained",
 }
 
 
