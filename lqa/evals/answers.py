@@ -45,8 +45,8 @@ def ask_none(reading: Reading, question: str) -> Ask:
 
 def ask_shuffled(reading: Reading, donor: Reading, question: str) -> Ask:
     """The reference `shuffled`: a donor's activations, mapped linearly onto the reading's slots."""
-    n = len(reading.span)
-    return ask_true(reading, question)._replace(injected=donor.injected if len(donor.span) == n else map_linearly(donor.injected, n))
+    n, given = len(reading.span), donor.injected
+    return ask_true(reading, question)._replace(injected=given if len(donor.span) == n else map_linearly(given, n, len(donor.layers)))
 
 
 def say(

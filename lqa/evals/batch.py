@@ -19,6 +19,7 @@ from torch import Tensor
 from lqa import engine
 from lqa.activations import capture
 from lqa.chat import Rendered, render
+from lqa.config import Layer
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
 from lqa.grounding import map_linearly
@@ -86,13 +87,14 @@ def _patched_once(session: Callable, injection: Injection, slots: Tensor, values
     return patched
 
 
-def asked(decoder: LatentDecoder, layer: int, injected: Sequence[Tensor], question: str, *, patched: bool = True) -> Iterable[Run]:
-    """The decoder asked `question` about activations (N, D) of `layer`, as Reading.ask asks; `patched` False: with its slots untouched."""
-    base, config = decoder.base, decoder.config
+def asked(decoder: LatentDecoder, layer: Layer, injected: Sequence[Tensor], question: str, *, patched: bool = True) -> Iterable[Run]:
+    """The decoder asked `question` about what was injected of readings of `layer`, as Reading.ask asks; `patched` False: with its slots
+    untouched."""
+    base, config, layers = decoder.base, decoder.config, decoder.config.check_layers(layer)
     suffix = config.prompt.question(base.tokenizer, question)
     prompts = []
     for h in injected:
-        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(h), [layer])
+        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(h) // len(layers), layers)
         prompts.append(Prompt(ids + suffix, slots + [False] * len(suffix)))
     if not patched:
         yield from plain(base, [prompt.ids for prompt in prompts], decoder.session)
@@ -173,6 +175,7 @@ def chat_ids(base: Base, chats: Sequence[list[dict[str, str]]]) -> list[list[int
     return [render(base.tokenizer, chat).ids for chat in chats]
 
 
-def donated(injected: Sequence[Tensor]) -> list[Tensor]:
-    """The reference `shuffled` of a set: each reading gets the next one's activations, mapped linearly onto its own slots."""
-    return [map_linearly(injected[(i + 1) % len(injected)], len(h)) for i, h in enumerate(injected)]
+def donated(injected: Sequence[Tensor], layers: int = 1) -> list[Tensor]:
+    """The reference `shuffled` of a set: each reading (of so many layers) gets the next one's activations, mapped linearly onto its own
+    slots."""
+    return [map_linearly(injected[(i + 1) % len(injected)], len(h) // layers, layers) for i, h in enumerate(injected)]

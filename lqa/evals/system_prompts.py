@@ -156,7 +156,7 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
         return batch.plain(base, batch.chat_ids(base, chats))
 
     replies = batch.texts(base, batch.plain(base, batch.chat_ids(base, [_chat(p, message) for p in personas])), REPLY_TOKENS, stop)
-    last = torch.stack([reading.activations[-1] for reading in readings])
+    last = torch.stack([reading.activations[-1] for reading in readings])  # of the last layer, if several are read
     same = len(personas)  # what is the same for every persona is computed once
     found = {
         "ours": both(batch.asked(decoder, layer, injected, question)),
@@ -165,7 +165,7 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
         "reply": both(told([f"User: {message}\nAssistant: {reply}" for reply in replies])),
         "selfie": both([selfie(base, last)]),
         # The colon, which the paper's model writes itself, is given, so that answers can be scored behind it.
-        "patchscopes": both([patchscope(base, last, DESCRIPTION + ":", "x", layer)]),
+        "patchscopes": both([patchscope(base, last, DESCRIPTION + ":", "x", readings[0].layers[-1])]),
     }
     if (trained := job.text_only_trained) is not None:
         reading = job.read(_chat(personas[0], message), SPAN, None, trained)
@@ -180,7 +180,7 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
 
 def _probe(job: Job, personas: Sequence[Persona], messages: Sequence[str]) -> dict[str, list]:
     """{"scores": for every message, a row of log-probabilities for each persona's reading}, from probes trained on the other messages."""
-    base, layer = job.decoder.base, job.decoder.config.default_layer
+    base, layer = job.decoder.base, job.decoder.config.check_layers(None)[-1]
     rendered = [render(base.tokenizer, _chat(persona, message)) for message in messages for persona in personas]
     states = batch.states(base, rendered, [layer])
     means = torch.stack([s[layer][resolve_span(SPAN, r)].mean(0) for s, r in zip(states, rendered, strict=True)])
