@@ -268,7 +268,7 @@ class DecoderConfig:
         supported ones."""
         layer = self.default_layer if layer is None else layer
         if not self.reads(layer):
-            asked, known = (", ".join(map(str, layers)) for layers in (layer_list(layer), self.read_layers))
+            asked, known = (", ".join(map(repr, layers)) for layers in (layer_list(layer), self.read_layers))
             raise LqaError(f"This decoder cannot read layer {asked}; it supports the layers {known} ({self.layers_per_reading} a reading).")
         return self._named(layer)
 

@@ -87,6 +87,10 @@ class Settings:
         named = self.layers or (decoder.config.readings if self.method == "per-layer" else [None])
         return sorted(map(decoder.config.check_layers, named))
 
+    def read_layers(self, decoder) -> list[int]:
+        """All layers that are read, ascending."""
+        return sorted({k for layers in self.readings(decoder) for k in layers})
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -179,8 +183,7 @@ class Training:
 
     def __init__(self, decoder, qa: Sequence[tuple[str, str]], settings: Settings, control: str | None = None):
         self.decoder, self.base, self.settings = decoder, decoder.base, settings
-        self.readings = settings.readings(decoder)
-        self.layers = sorted({k for layers in self.readings for k in layers})
+        self.readings, self.layers = settings.readings(decoder), settings.read_layers(decoder)
         hidden = decoder.config.conditioning == "contrast" if settings.hidden is None else settings.hidden
         self.loss = ControlLoss(decoder, qa, hidden, settings.autocast)
         neutral, draw = load_neutral(), random.Random(settings.seed)
