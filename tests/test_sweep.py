@@ -202,8 +202,8 @@ def test_the_committed_grids_are_whole(tiny):
             config = cell_config(grid, name)
             config.training_args["bf16"] = False
             config.training_args["output_dir"] = "out"  # each cell has one of its own
-            args, mixture, projection, lora = parse_config(config)
-            sidecar = make_sidecar(config, (args, mixture, projection, lora), base)
-            seen.add(repr((args.to_dict(), mixture, projection, lora, sidecar)))
+            parts = parse_config(config)
+            sidecar = make_sidecar(config, parts, base)
+            seen.add(repr((config.training_args, parts.mixture, parts.projection, parts.lora, sidecar)))
         assert len(seen) == len(grid["cells"])
     assert len(load_grid(ROOT / "train" / "sweeps" / "ablations-cpu.yaml")["cells"]) <= 10

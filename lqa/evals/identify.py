@@ -205,7 +205,7 @@ def run(job: Job) -> Result:
     """Tables `fixed`, `own` and `hard`, the confusion of categories, and with `job.sweep` tables and curves by form, span and layer."""
     everything, data = items_of(job.data)
     items = job.limited(everything)
-    main = Setting(job.decoder.config.default_layer)
+    main = Setting(layer_name(job.decoder.config.check_layers(None)))
     draws = make_draws(items, M, job.seed)
     work = {"fixed": (main, draws, "")}  # what is scored: (setting, draws, other decoder's name or "")
     work |= {f"fixed/{name}": (main, draws, name) for name in job.rows}
@@ -252,7 +252,7 @@ def run(job: Job) -> Result:
 
 def fixed(job: Job, items: Sequence[Item]) -> Table:
     """The table `fixed` alone, of any items (a sweep's: those of the validation split)."""
-    setting = Setting(job.decoder.config.default_layer)
+    setting = Setting(layer_name(job.decoder.config.check_layers(None)))
     draws, found = make_draws(items, M, job.seed), []
     for draw in draws:
         how = "/".join(map(str, asdict(setting).values()))
