@@ -71,9 +71,10 @@ def test_the_first_loss_is_that_of_plain_separate_rows(base, config_for, trainer
 def test_so_it_is_where_several_layers_are_read(tiny, config_for, trainer_for, examples, separate, tmp_path):
     base, rows = tiny("llama"), examples(4, layers=[0, 1])
     config = config_for(base, layers_per_reading=2, default_layer=[0, 1])
+    expected = -separate(base, config, rows).mean().item()
     trainer = trainer_for(base, config, tmp_path / "out", rows, max_steps=2, cache=tmp_path / "cache", num_train_epochs=2)
     trainer.train()  # the second step reads the disk
-    assert losses(trainer)[0] == pytest.approx(-separate(base, config, rows).mean().item(), abs=1e-4)
+    assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
     assert losses(trainer)[1] < losses(trainer)[0]
 
 
