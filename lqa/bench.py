@@ -191,7 +191,7 @@ def _reference_activations(decoder: LatentDecoder, reading: Reading) -> Tensor |
     if decoder.config.conditioning not in REFERENCED:
         return None
     found = reference(decoder.base.tokenizer, reading.rendered, list(reading.span))
-    return decoder._capture(found.rendered, found.places, reading.layer) if found else None
+    return decoder._capture(found.rendered, found.places, reading.layers) if found else None
 
 
 def _read_paper(
@@ -200,14 +200,14 @@ def _read_paper(
     """The new tokens (questions, new), and how many rows part from `ours` at a tie.  `twin` is the decoder's copy of the weights."""
     base, config = decoder.base, decoder.config
     rendered = render(base.tokenizer, CHAT)
-    layer, span = config.default_layer, resolve_span(SPAN, rendered)
+    layers, span = config.check_layers(None), resolve_span(SPAN, rendered)
     target_ids = torch.tensor([rendered.ids] * len(asked), device=base.device)
-    with base.decoding() as model, Capture(base.blocks, [layer], stop=False) as captured:
+    with base.decoding() as model, Capture(base.blocks, layers, stop=False) as captured:
         model(input_ids=target_ids, attention_mask=torch.ones_like(target_ids), use_cache=False)
-    activations = gather_spans({layer: captured[layer]}, [span] * len(asked), [[layer]] * len(asked))
+    activations = gather_spans({k: captured[k] for k in layers}, [span] * len(asked), [layers] * len(asked))
     how = (config.conditioning, config.conditioning_constant, decoder.projection)
-    activations = condition(activations, None if h0 is None else h0.repeat(len(asked), 1), None, layer, *how)
-    prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), [layer])
+    activations = torch.cat([condition(h, h0, None, layers, *how) for h in activations.chunk(len(asked))])
+    prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), layers)
     prompts = [prefix + config.prompt.question(base.tokenizer, q) for q in asked]
     ids, mask, positions = _left_padded(prompts, 0, base.device)
     where, _, _ = _left_padded([slots + [False] * (len(p) - len(slots)) for p in prompts], False, base.device)
@@ -520,15 +520,13 @@ def _paper_loss(decoder: LatentDecoder, twin: Base, training, chat, pair: tuple[
     """One example's loss: mean per token of the answer, in nats, divided by the number of pairs as `ours` does."""
     from lqa.config import IGNORE
 
-    base, config, (layer,) = decoder.base, decoder.config, training.layers
-    with base.using(training.name) as model, Capture(base.blocks, [layer], stop=False) as captured:
+    base, config, (layers,) = decoder.base, decoder.config, training.readings
+    with base.using(training.name) as model, Capture(base.blocks, layers, stop=False) as captured:
         model(input_ids=torch.tensor([chat.ids], device=base.device), use_cache=False)
-    h = captured[layer][0, chat.span]
     if training.loss.hidden:
-        if chat.h0 is None:
-            chat.reference(base, [layer], False)
-        h = condition(h, chat.h0[layer], None, layer, config.conditioning, config.conditioning_constant, decoder.projection)
-    row = config.prompt.row(base.tokenizer, config.slot_token_id, len(h), [layer], [pair])
+        chat.reference(base, layers, False)
+    h = training.loss.injected({k: captured[k][0, chat.span] for k in layers}, chat, layers)
+    row = config.prompt.row(base.tokenizer, config.slot_token_id, len(chat.span), layers, [pair])
     ids, slots, labels = (torch.tensor([row[key]], device=base.device) for key in ("input_ids", "slots", "labels"))
     with twin.using(decoder.adapter) as model, Injection(twin, config.write_layer, config.operation) as injection:
         with injection.armed(slots, h):

@@ -42,7 +42,16 @@ def _read(options):
     """The reading of the chat, span and layer that the flags name; all files are checked before any model is loaded."""
     chat = _chat(options)
     reference = None if options.reference is None else _chat_file(options.reference)
-    return _decoder(options).read(chat, _span(options.span), options.layer, reference=reference)
+    layer = None if options.layer is None else _layers(options.layer)
+    return _decoder(options).read(chat, _span(options.span), layer, reference=reference)
+
+
+def _layers(text: str) -> list[int]:
+    """The layers `7` or `7,14,21`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise LqaError(f"The layer {text!r} is no number of a block; write 14, or 7,14,21 for a decoder that reads several.") from error
 
 
 def _span(text: str):
@@ -284,7 +293,8 @@ def parser() -> argparse.ArgumentParser:
         chat_flags(sub)
         spans = "all, system, user, assistant, turn:T, from:T, last:N, A:B, or indices 3,5,8 (default: all)"
         sub.add_argument("--span", default="all", help=spans)
-        sub.add_argument("--layer", type=int, metavar="K", help="read layer, a 0-based block (default: the decoder's)")
+        text = "read layer, a 0-based block; several as 7,14,21, for a decoder that reads them at once (default: the decoder's)"
+        sub.add_argument("--layer", metavar="K", help=text)
         text = "for a decoder that reads differences: a chat with the same visible turns to compare with (default: these turns alone)"
         sub.add_argument("--reference", metavar="FILE.json", help=text)
 

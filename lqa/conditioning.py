@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,16 +117,25 @@ def condition(
     h: Tensor,
     h0: Tensor | None,
     which: list[int] | None,
-    layer: int,
+    layers: Sequence[int],
     name: str,
     constant: float | None = None,
     projection: Projection | None = None,
 ) -> Tensor:
-    """What is injected, (N, D), for activations h (N, D) of `layer`; differentiable.
+    """What is injected, (L * N, D), for activations h (L * N, D) of the L `layers`, block after block; differentiable.
 
-    h0     (M, D) the reference's activations; None if no token has a reference
-    which  the M rows of h that h0 belongs to; None: all
+    h0     (L * M, D) the reference's activations; None if no token has a reference
+    which  the M rows of a block that h0 belongs to; None: all
     """
+    others = [None] * len(layers) if h0 is None else h0.chunk(len(layers))
+    blocks = zip(h.chunk(len(layers)), others, layers, strict=True)
+    return torch.cat([_condition(own, other, which, layer, name, constant, projection) for own, other, layer in blocks])
+
+
+def _condition(
+    h: Tensor, h0: Tensor | None, which: list[int] | None, layer: int, name: str, constant: float | None, projection: Projection | None
+) -> Tensor:
+    """One layer's block: (N, D) -> (N, D)."""
     if name not in CONDITIONINGS:
         raise LqaError(f"The conditioning {name!r} is unknown; supported are {', '.join(CONDITIONINGS)}.")
     if name == "contrast" and h0 is None:

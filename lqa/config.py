@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 
 from lqa.calibration import Calibration
@@ -23,6 +24,18 @@ POSITIONS = ("sequential", "shifted")
 PRESETS = ("latentqa", "activation-oracle")
 VISIBLE_TEXT = "visible_text"  # an "injection" that injects nothing: the visible turns stand in the prompt as text
 IGNORE = -100  # the label of a token that is not scored
+
+Layer = int | Sequence[int]  # what a reading reads: a layer, or several at once
+
+
+def layer_list(layer: Layer) -> list[int]:
+    """The layers that `layer` names."""
+    return list(layer) if isinstance(layer, Sequence) else [layer]
+
+
+def layer_name(layers: Sequence[int]) -> int | tuple[int, ...]:
+    """What names `layers` in a call or a document: the one layer, or all of several."""
+    return layers[0] if len(layers) == 1 else tuple(layers)
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Prompt:
     end: str
 
     def prefix(
-        self, tokenizer, slot_token_id: int | list[int], n_slots: int, layers: list[int]
+        self, tokenizer, slot_token_id: int | list[int], n_slots: int, layers: Sequence[int]
     ) -> tuple[list[int], list[bool]]:
         """Token ids up to the question, and which of them are slots (n_slots for each of `layers`)."""
         first, other = slot_token_id if isinstance(slot_token_id, list) else (slot_token_id, slot_token_id)
@@ -54,7 +67,7 @@ class Prompt:
             slots += [False] * len(head) + [True] * n_slots + [False] * len(tail)
         return ids, slots
 
-    def text_prefix(self, tokenizer, text: str, layers: list[int]) -> list[int]:
+    def text_prefix(self, tokenizer, text: str, layers: Sequence[int]) -> list[int]:
         """`prefix` with a text in place of the slots."""
         ids = _ids(tokenizer, self.start)
         for layer in layers:
@@ -96,7 +109,7 @@ class Prompt:
         tokenizer,
         slot_token_id: int | list[int],
         n_slots: int,
-        layers: list[int],
+        layers: Sequence[int],
         qa: Sequence[tuple],
         first: int = 0,
         text: str | None = None,
@@ -162,8 +175,8 @@ class DecoderConfig:
 
     base: dict
     read_layers: list[int]  # supported read layers (0-based blocks)
-    layers_per_reading: int
-    default_layer: int
+    layers_per_reading: int  # how many are read at once, each with a block of slots of its own in the prompt
+    default_layer: Layer  # a list if several are read at once
     write_layer: int  # 0-based block; -1 = the embeddings
     injection: str
     injection_constant: float | None
@@ -219,10 +232,11 @@ class DecoderConfig:
             raise LqaError(f"{SIDECAR}: slot_token_id is {self.slot_token_id}; give one id, or the first slot's and the others'.")
         if self.write_layer < -1:
             raise LqaError(f"{SIDECAR}: write_layer is {self.write_layer}; name a block (0, 1, ...), or -1 for the embeddings.")
-        if self.layers_per_reading != 1:
-            raise LqaError(f"{SIDECAR}: layers_per_reading is {self.layers_per_reading!r}; this version reads 1 layer at a time.")
-        if self.default_layer not in self.read_layers:
-            raise LqaError(f"{SIDECAR}: default_layer {self.default_layer} is not among read_layers {self.read_layers}.")
+        n = self.layers_per_reading
+        if not isinstance(n, int) or n < 1:
+            raise LqaError(f"{SIDECAR}: layers_per_reading is {n!r}; give the number of layers that are read at once, usually 1.")
+        if not self.reads(self.default_layer):
+            raise LqaError(f"{SIDECAR}: default_layer {self.default_layer} must name {n} of read_layers {self.read_layers}.")
         return self
 
     def check_base(self, base) -> None:
@@ -240,12 +254,26 @@ class DecoderConfig:
         if deepest := [k for k in [*self.read_layers, self.write_layer] if k >= len(base.blocks)]:
             raise LqaError(f"{SIDECAR} names layer {deepest[0]}, but {base.name} has the blocks 0 to {len(base.blocks) - 1}.")
 
-    def check_layer(self, layer: int | None) -> int:
-        """The layer to read: `layer`, or the default one for None.  Raises LqaError that lists the supported ones."""
+    @property
+    def readings(self) -> list[tuple[int, ...]]:
+        """All that can be read: every choice of `layers_per_reading` of the read layers."""
+        return list(combinations(self.read_layers, self.layers_per_reading))
+
+    def reads(self, layer: Layer) -> bool:
+        """Whether `layer` names as many of the read layers, in any order, as are read at once."""
+        return len(layer_list(layer)) == len(self._named(layer)) == self.layers_per_reading
+
+    def check_layers(self, layer: Layer | None) -> tuple[int, ...]:
+        """The layers to read, in the order of their blocks: those of `layer`, or the default for None.  Raises LqaError that lists the
+        supported ones."""
         layer = self.default_layer if layer is None else layer
-        if layer not in self.read_layers:
-            raise LqaError(f"This decoder cannot read layer {layer}; it supports the layers {', '.join(map(str, self.read_layers))}.")
-        return layer
+        if not self.reads(layer):
+            asked, known = (", ".join(map(repr, layers)) for layers in (layer_list(layer), self.read_layers))
+            raise LqaError(f"This decoder cannot read layer {asked}; it supports the layers {known} ({self.layers_per_reading} a reading).")
+        return self._named(layer)
+
+    def _named(self, layer: Layer) -> tuple[int, ...]:
+        return tuple(k for k in self.read_layers if k in layer_list(layer))
 
     def save(self, folder: str | Path) -> None:
         Path(folder, SIDECAR).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

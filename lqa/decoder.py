@@ -20,7 +20,7 @@ from lqa.calibration import Calibration
 from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span, visible_text
 from lqa.conditioning import MAPPED, REFERENCED, Projection, condition
 from lqa.conditioning import reference as find_reference
-from lqa.config import SIDECAR, DecoderConfig, preset_config
+from lqa.config import SIDECAR, DecoderConfig, Layer, layer_name, preset_config
 from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base, load_base
@@ -174,12 +174,13 @@ class LatentDecoder:
     # --- the target --------------------------------------------------------------------------------------------
 
     def read(
-        self, chat: Chat, span: Span = "all", layer: int | None = None, *, reference: Chat | None = None, passes: Passes | None = None
+        self, chat: Chat, span: Span = "all", layer: Layer | None = None, *, reference: Chat | None = None, passes: Passes | None = None
     ) -> Reading:
         """Runs the target over `chat` up to `layer` (None: the decoder's default) and keeps the activations of `span`.
 
+        layer      a list, for a decoder that reads several layers at once
         reference  for a decoder that reads differences: a chat with the same visible turns to compare with (None: these turns alone)
-        passes  where target passes are kept, at all read layers, so that further spans and layers of a chat need none
+        passes     where target passes are kept, at all read layers, so that further spans and layers of a chat need none
 
         Inside `with steering.apply()` the target is the steered one.  A steering that was trained as a hidden context is read as one: a
         conditioned decoder compares with the unsteered target.  Any other counts as visible: it is in the reference of hidden turns too.
@@ -193,36 +194,41 @@ class LatentDecoder:
         self,
         chat: Chat,
         span: Span,
-        layer: int | None,
+        layer: Layer | None,
         steered: tuple[tuple[str, float], ...] = (),
         hidden: bool = False,
         passes: Passes | None = None,
         reference: Chat | None = None,
     ) -> Reading:
-        layer = self.config.check_layer(layer)
+        layers = self.config.check_layers(layer)
         rendered = self._render(chat)
         indices = resolve_span(span, rendered)
-        activations = self._capture(rendered, indices, layer, steered, passes)
+        activations = self._capture(rendered, indices, layers, steered, passes)
         config, found = self.config, None
         if config.conditioning in REFERENCED:
             found = find_reference(self.base.tokenizer, rendered, indices, hidden, reference)
         elif reference is not None:
             raise LqaError(f"This decoder's conditioning {config.conditioning!r} compares with nothing; leave the reference chat out.")
-        h0 = self._capture(found.rendered, found.places, layer, () if hidden else steered, passes) if found else None
+        h0 = self._capture(found.rendered, found.places, layers, () if hidden else steered, passes) if found else None
         how = (config.conditioning, config.conditioning_constant, self.projection)
-        injected = condition(activations, h0, found and found.which, layer, *how)
-        return Reading(self, rendered, tuple(indices), layer, activations, injected, conditioned=found is not None)
+        injected = condition(activations, h0, found and found.which, layers, *how)
+        return Reading(self, rendered, tuple(indices), layers, activations, injected, conditioned=found is not None)
 
     def _capture(
-        self, rendered: Rendered, indices: list[int], layer: int, steered: tuple[tuple[str, float], ...] = (), passes: Passes | None = None
+        self,
+        rendered: Rendered,
+        indices: list[int],
+        layers: Sequence[int],
+        steered: tuple[tuple[str, float], ...] = (),
+        passes: Passes | None = None,
     ) -> Tensor:
         if passes is None or steered:  # what is kept are passes of the unsteered target
-            acts = self._pass(rendered.ids, [layer], steered)
+            acts = self._pass(rendered.ids, layers, steered)
         else:
-            acts = passes.get(rendered.ids, [layer], lambda: self._pass(rendered.ids, self.config.read_layers))
-        return gather_spans(acts, [indices], [[layer]]).clone()  # outside of inference mode, so that autograd may use it
+            acts = passes.get(rendered.ids, layers, lambda: self._pass(rendered.ids, self.config.read_layers))
+        return gather_spans(acts, [indices], [layers]).clone()  # outside of inference mode, so that autograd may use it
 
-    def _pass(self, token_ids: list[int], layers: list[int], steered: tuple[tuple[str, float], ...] = ()) -> dict[int, Tensor]:
+    def _pass(self, token_ids: list[int], layers: Sequence[int], steered: tuple[tuple[str, float], ...] = ()) -> dict[int, Tensor]:
         ids = torch.tensor([token_ids], device=self.base.device)
         with self.base.decoding(*steered) as model:
             return capture(model, self.base.blocks, ids, torch.ones_like(ids), layers)
@@ -269,13 +275,16 @@ class LatentDecoder:
         """The model as decoder, for one forward pass."""
         return self.base.decoding(self.adapter)
 
-    def prefill_slots(self, layer: int, n_slots: int, activations: Tensor | None, count: int = 1, start: int = 0) -> engine.Prefix:
-        """The decoder's pass over `count` prompts, their slots patched with `activations` (count * n_slots, D), or not at all.
+    def prefill_slots(
+        self, layers: Sequence[int], n_slots: int, activations: Tensor | None, count: int = 1, start: int = 0
+    ) -> engine.Prefix:
+        """The decoder's pass over `count` prompts, each with `n_slots` slots for each of the L `layers`, patched with `activations`
+        (count * L * n_slots, D), or not at all.
 
         start   the position of their first token (DecoderConfig.first_position)
         """
         config = self.config
-        ids, slots = config.prompt.prefix(self.base.tokenizer, config.slot_token_id, n_slots, [layer])
+        ids, slots = config.prompt.prefix(self.base.tokenizer, config.slot_token_id, n_slots, layers)
         if activations is None:
             with self.session() as model:
                 return engine.prefill(model, [ids] * count, start)
@@ -327,9 +336,10 @@ def _foreign(folder: Path) -> tuple[str, dict]:
 
 
 class Reading:
-    """A target forward pass, captured: `tokens`, `span` (indices), `layer`, `activations` (N, D).  Questions are asked of it.
+    """A target forward pass, captured: `tokens`, `span` (N indices), `layers` (L), `activations` (L * N, D), a layer's block after the
+    other's.  Questions are asked of it.
 
-    `injected` (N, D) is what the decoder gets: the activations, conditioned as the sidecar says.  `conditioned` says whether there was
+    `injected` (L * N, D) is what the decoder gets: the activations, conditioned as the sidecar says.  `conditioned` says whether there was
     a hidden context to condition on.
 
     The target runs once, in `LatentDecoder.read`; the prompt with its slots runs once per reading, however many questions follow.
@@ -340,12 +350,12 @@ class Reading:
         decoder: LatentDecoder,
         rendered: Rendered,
         span: tuple[int, ...],
-        layer: int,
+        layers: tuple[int, ...],
         activations: Tensor,
         injected: Tensor,
         conditioned: bool,
     ):
-        self.decoder, self.rendered, self.span, self.layer = decoder, rendered, span, layer
+        self.decoder, self.rendered, self.span, self.layers = decoder, rendered, span, layers
         self.activations, self.injected, self.conditioned = activations, injected, conditioned
         self._prefixes: dict[str, engine.Prefix] = {}
         self._lock = threading.Lock()
@@ -353,6 +363,11 @@ class Reading:
     @property
     def tokens(self) -> list[str]:
         return [token.text for token in self.rendered.tokens]
+
+    @property
+    def layer(self) -> int | tuple[int, ...]:
+        """What was read, as `read` takes it: the layer, or all of several."""
+        return layer_name(self.layers)
 
     @property
     def hidden(self) -> set[int]:
@@ -488,7 +503,7 @@ class Reading:
         room = self.decoder.base.context - self._start - len(self._prompt_ids()[0]) - new
         if max(map(len, suffixes)) > room:
             raise LqaError(
-                f"The question with {len(self.span)} activations and {new} new tokens exceeds the model's context of "
+                f"The question with {len(self.activations)} activations and {new} new tokens exceeds the model's context of "
                 f"{self.decoder.base.context}; select fewer tokens or ask more briefly."
             )
         return [engine.Row(i, suffix) for i in range(len(sources)) for suffix in suffixes]
@@ -498,9 +513,9 @@ class Reading:
         config = self.decoder.config
         if config.reads_text:
             shown = visible_text(self.rendered, list(self.span)) if text else ""
-            ids = config.prompt.text_prefix(self.decoder.base.tokenizer, shown, [self.layer])
+            ids = config.prompt.text_prefix(self.decoder.base.tokenizer, shown, self.layers)
             return ids, [False] * len(ids)
-        return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), [self.layer])
+        return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), self.layers)
 
     @property
     def _start(self) -> int:
@@ -523,7 +538,7 @@ class Reading:
             with self.decoder.session() as model:
                 return engine.prefill(model, [self._prompt_ids(text=source != "none")[0]], self._start)
         if source == "none":
-            return self.decoder.prefill_slots(self.layer, len(self.span), None, start=self._start)
+            return self.decoder.prefill_slots(self.layers, len(self.span), None, start=self._start)
         if source == "shuffled":
             from lqa.grounding import donor_activations
 
@@ -532,4 +547,4 @@ class Reading:
             activations = self.injected
         else:
             raise LqaError(f"The source {source!r} is unknown; use true, none or shuffled.")
-        return self.decoder.prefill_slots(self.layer, len(self.span), activations, start=self._start)
+        return self.decoder.prefill_slots(self.layers, len(self.span), activations, start=self._start)

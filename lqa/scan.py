@@ -1,4 +1,4 @@
-"""Scan: one question with short answers, asked of every token alone, at every read layer.
+"""Scan: one question with short answers, asked of every token alone, at every read layer (or every choice of several at once).
 
 A cell is what `decoder.read(chat, [token], layer).probabilities(question, answers)` gives.  The tokens of a turn have the same hidden
 context, so that the target runs once per turn and layer, and the decoder reads its tokens as one batch of prompts with a single slot.
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lqa import engine
 from lqa.activations import Passes
 from lqa.chat import Chat, Span, check_text, render, resolve_span
+from lqa.config import Layer, layer_name
 from lqa.decoder import LatentDecoder, evidence
 from lqa.errors import LqaError
 
@@ -19,7 +20,7 @@ from lqa.errors import LqaError
 class Cell(NamedTuple):
     """What one token at one layer says: a probability for each answer (they add up to 1)."""
 
-    layer: int
+    layer: int | tuple[int, ...]
     token: int
     probabilities: tuple[float, ...]
 
@@ -30,7 +31,7 @@ def scan(
     question: str,
     answers: Sequence[str],
     span: Span = "all",
-    layers: Sequence[int] | None = None,
+    layers: Sequence[Layer] | None = None,
     batch: int = 16,
 ) -> Iterator[list[Cell]]:
     """Yields the cells of `batch` tokens at a time, layer after layer (None: all that the decoder reads).
@@ -40,7 +41,7 @@ def scan(
     if len(answers) < 2:
         raise LqaError("Give at least two answers to compare.")
     tokenizer, prompt = decoder.base.tokenizer, decoder.config.prompt
-    layers = [decoder.config.check_layer(k) for k in (decoder.config.read_layers if layers is None else layers)]
+    readings = [decoder.config.check_layers(layer) for layer in (decoder.config.readings if layers is None else layers)]
     rendered = render(tokenizer, chat)
     turns: dict[int, list[int]] = {}
     for i in resolve_span(span, rendered):
@@ -61,17 +62,18 @@ def scan(
     shifted = decoder.config.positions != "sequential"  # then prompts of different tokens have different positions
     batch = 1 if shifted else batch
     passes = Passes()
-    for layer in layers:
+    for layers in readings:
         none = None
         for tokens in turns.values():
-            injected = decoder.read(chat, tokens, layer, passes=passes).injected
+            injected = decoder.read(chat, tokens, layers, passes=passes).injected.unflatten(0, (len(layers), -1))  # (L, N, D)
             for at in range(0, len(tokens), batch):
                 part = tokens[at : at + batch]
+                values = injected[:, at : at + batch].transpose(0, 1).flatten(0, 1)  # token after token, as the prompts are
                 start = decoder.config.first_position(part)
                 if shifted or none is None:
-                    (none,) = totals(decoder.prefill_slots(layer, 1, None, start=start), 1)
-                true = totals(decoder.prefill_slots(layer, 1, injected[at : at + batch], len(part), start), len(part))
+                    (none,) = totals(decoder.prefill_slots(layers, 1, None, start=start), 1)
+                true = totals(decoder.prefill_slots(layers, 1, values, len(part), start), len(part))
                 yield [
-                    Cell(layer, i, tuple(evidence([t - n for t, n in zip(row, none, strict=True)])))
+                    Cell(layer_name(layers), i, tuple(evidence([t - n for t, n in zip(row, none, strict=True)])))
                     for i, row in zip(part, true, strict=True)
                 ]

@@ -283,18 +283,18 @@ def separate(base, config, rows):
     for row in rows:
         rendered = render(base.tokenizer, row["chat"])
         span = resolve_span(row["span"], rendered)
-        layer = row["layers"][0]
         with torch.no_grad():
             seen = []
-            handle = base.blocks[layer].register_forward_hook(lambda m, a, o: seen.append(o if torch.is_tensor(o) else o[0]))  # noqa: B023
-            base.model(input_ids=torch.tensor([rendered.ids]))
-            handle.remove()
+            for layer in row["layers"]:
+                handle = base.blocks[layer].register_forward_hook(lambda m, a, o: seen.append(o if torch.is_tensor(o) else o[0]))  # noqa: B023
+                base.model(input_ids=torch.tensor([rendered.ids]))
+                handle.remove()
             for pair in row["qa"]:
                 ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), row["layers"])
                 answer = config.prompt.answer(base.tokenizer, pair["answer"])
                 ids = ids + config.prompt.question(base.tokenizer, pair["question"]) + answer
                 slots = torch.tensor([slots + [False] * (len(ids) - len(slots))]) & row["patched"]
-                values = seen[0][0, span] if row["patched"] else torch.empty(0, base.hidden_size)
+                values = torch.cat([h[0, span] for h in seen]) if row["patched"] else torch.empty(0, base.hidden_size)
                 with Injection(base, config.write_layer, config.operation) as injection, injection.armed(slots, values):
                     logprobs = base.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
                 n = len(answer)

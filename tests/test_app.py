@@ -1,6 +1,7 @@
 """The page: its handlers called directly, then the page itself in headless Chromium against a running demo over a tiny random decoder."""
 
 import importlib.util
+import json
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from lqa.ui import learn as learn_page
 from lqa.ui import scan as scan_page
 from lqa.ui import steer as steer_page
 from lqa.ui import watch as watch_page
+from lqa.ui.components import layer_control
 from lqa.ui.limits import MAX_CHARACTERS, MAX_FOLLOW_UPS, MAX_SELECTED, check_answers, check_questions, check_turns
 from lqa.ui.link import make_restore
 from lqa.ui.read import answers_view, make_handlers, stopped, toggle_question
@@ -166,7 +168,7 @@ def test_follow_up_questions(decoder, handlers):
         {"items": [{"question": "Q", "text": "x" * 5000, "follow_ups": []}]},
         {"reading": {"chat": [], "span": [1], "layer": 1}},
         {"reading": {"chat": [{"role": "user", "content": "Hi"}], "span": [999], "layer": 1}},
-        {"reading": {"chat": [{"role": "user", "content": "Hi"}], "span": [3], "layer": "1"}},
+        {"reading": {"chat": [{"role": "user", "content": "Hi"}], "span": [3], "layer": "1.0"}},
     ],
 )
 def test_a_forged_follow_up_is_refused(handlers, change):
@@ -275,6 +277,23 @@ def test_scan_says_what_is_wrong(decoder, change, message):
     arguments = {"chat": turns(), "strip": None, "question": QUESTION, "answers": "A.\nB.", "what": scan_page.EVERY, "previous": None}
     ((_, notice),) = scan_page.make_handlers(decoder).scan(*(arguments | change).values())
     assert message in notice
+
+
+def test_a_decoder_of_several_layers_has_a_page_too(tiny_decoder):
+    decoder = tiny_decoder(layers_per_reading=2, default_layer=[0, 1])
+    control = layer_control(decoder.config, "layer")
+    assert control.value == "0, 1" and control.choices == [("0, 1", "0, 1")]
+    handlers = make_handlers(decoder)
+    view = ask(handlers, questions=OTHER, layer=control.value)[-1][1]
+    assert view["stage"] == "done" and view["note"].startswith("layer 0, 1 ") and "layer=(0, 1)" in view["code"]
+    back = json.loads(json.dumps(view)) | {"ask": {"item": 0, "question": OTHER}}  # as the browser sends it
+    assert list(handlers.follow_up(back))[-1][0]["items"][0]["follow_ups"]
+    scanned = scan_page.make_handlers(decoder)
+    heat = list(scanned.scan(turns("", "Who?"), None, QUESTION, "Formally.\nLike a pirate.", scan_page.EVERY, None))[-1][0]
+    assert heat["stage"] == "done" and heat["layers"] == ["0, 1"] and None not in heat["cells"]["0, 1"][1:]
+    assert scanned.pick(heat | {"pick": {"token": 4, "layer": "0, 1"}}, turns("", "Who?"))[2] == control.value
+    link = {"chat": check_turns(turns()), "span": "user", "layer": control.value, "questions": QUESTION}
+    assert make_restore(decoder)(json.dumps(link))[2] == control.value
 
 
 @pytest.mark.parametrize("answers", ["Formally.\nLike a pirate.", ""])

@@ -44,6 +44,14 @@ def test_chat_file_layer_and_index_span(capsys, tmp_path):
     assert out["span"] == [3, 5, 8] and out["layer"] == 0
 
 
+def test_several_layers_are_named_with_commas(capsys, monkeypatch, tiny_decoder):
+    monkeypatch.undo()
+    decoder = tiny_decoder(layers_per_reading=2, default_layer=[0, 1])
+    monkeypatch.setattr(LatentDecoder, "from_pretrained", classmethod(lambda cls, source=None, **_: decoder))
+    for layer in ([], ["--layer", "1,0"]):
+        assert run(capsys, "ask", *WHO, "-q", "Who?", *layer, "--json", "--max-new-tokens", "2")["layer"] == [0, 1]
+
+
 def test_a_reference_chat_is_what_a_decoder_of_differences_compares_with(capsys, tmp_path, monkeypatch, tiny_decoder):
     monkeypatch.undo()  # the default of the other tests
     decoder = tiny_decoder(conditioning="contrast")
@@ -111,6 +119,8 @@ def test_plain_output_shows_the_same(capsys, tiny_default):
         (["ask", *WHO, "-q", "Who?", "--span", "assistant"], "selects no token"),
         (["ask", *WHO, "-q", "Who?", "--span", "7:9999"], "ends behind the chat"),
         (["ask", *WHO, "-q", "Who?", "--layer", "99"], "supports the layers 0, 1"),
+        (["ask", *WHO, "-q", "Who?", "--layer", "0,1"], "cannot read layer 0, 1"),
+        (["ask", *WHO, "-q", "Who?", "--layer", "deep"], "'deep' is no number of a block"),
         (["ask", *WHO, "-q", " "], "no empty one"),
         (["ask", "--user", "city " * 600, "-q", "Who?"], "context is 512"),
         (["score", *WHO, "-q", "Who?", "--answer", ""], "no empty one"),

@@ -207,10 +207,10 @@ def packed(base, config, rows):
     return logits[:, :-1][keep].log_softmax(-1).gather(1, targets[keep].unsqueeze(1)).squeeze(1)
 
 
-@pytest.mark.parametrize("write_layer", [-1, 0])
-def test_packed_rows_give_the_answers_of_separate_rows(base, config_for, examples, separate, write_layer):
+@pytest.mark.parametrize(("write_layer", "layers"), [(-1, {}), (0, {}), (0, {"layers": [0, 1]})])
+def test_packed_rows_give_the_answers_of_separate_rows(base, config_for, examples, separate, write_layer, layers):
     config = config_for(base, write_layer=write_layer)
-    rows = examples(5)
+    rows = examples(5, **layers)
     torch.testing.assert_close(packed(base, config, rows), separate(base, config, rows), rtol=0, atol=1e-4)
 
 

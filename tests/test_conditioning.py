@@ -22,29 +22,29 @@ SYSTEM = [{"role": "system", "content": "Speak like a pirate."}, CHAT[2]]
 def test_condition_by_hand():
     h, h0 = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 5.0]])
     projection = Projection({7: (torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([10.0, 20.0]))})
-    assert condition(h, h0, None, 7, "raw").tolist() == [[3, 4]]
-    assert condition(h, h0, None, 7, "contrast").tolist() == [[2, -1]]
-    assert condition(h, h0, None, 7, "amplified", 2.0).tolist() == [[7, 2]]
-    assert condition(h, h0, None, 7, "projected", None, projection).tolist() == [[10, 17]]
+    assert condition(h, h0, None, [7], "raw").tolist() == [[3, 4]]
+    assert condition(h, h0, None, [7], "contrast").tolist() == [[2, -1]]
+    assert condition(h, h0, None, [7], "amplified", 2.0).tolist() == [[7, 2]]
+    assert condition(h, h0, None, [7], "projected", None, projection).tolist() == [[10, 17]]
     centre = Projection({7: (None, torch.tensor([-1.0, 2.0]))})
     for other in (h0, None):  # whatever is hidden
-        assert condition(h, other, None, 7, "centred", None, centre).tolist() == [[2, 6]]
+        assert condition(h, other, None, [7], "centred", None, centre).tolist() == [[2, 6]]
     two = torch.cat([h0, h])
-    assert condition(two, h0, [1], 7, "projected", None, projection).tolist() == [[1, 5], [10, 17]]  # the first has no reference
+    assert condition(two, h0, [1], [7], "projected", None, projection).tolist() == [[1, 5], [10, 17]]  # the first has no reference
     for name in ("raw", "amplified", "projected"):  # nothing hidden
-        assert torch.equal(condition(h, None, None, 7, name, 8.0, projection), h)
+        assert torch.equal(condition(h, None, None, [7], name, 8.0, projection), h)
     with pytest.raises(LqaError, match="hides none"):
-        condition(h, None, None, 7, "contrast")
+        condition(h, None, None, [7], "contrast")
     for other in (h0, None):
         with pytest.raises(LqaError, match="'magic' is unknown"):
-            condition(h, other, None, 7, "magic")
+            condition(h, other, None, [7], "magic")
 
 
 def test_the_projection_passes_gradients_and_comes_back_from_disk(tmp_path):
     torch.manual_seed(0)
     projection = Projection({k: (torch.randn(4, 4), torch.randn(4)) for k in (0, 2)})
     h, h0 = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
-    condition(h, h0, None, 2, "projected", None, projection).sum().backward()
+    condition(h, h0, None, [2], "projected", None, projection).sum().backward()
     assert torch.allclose(h.grad, projection.maps[2][0].sum(0).expand(3, 4))
     projection.save(tmp_path)
     loaded = Projection.load(tmp_path, [0, 2], 4)
@@ -200,15 +200,16 @@ def test_a_reference_without_the_visible_turns_or_without_use_is_refused(tiny_de
 
 
 HOW = [{"conditioning": "amplified", "conditioning_constant": 3.0}, {"conditioning": "projected"}, {"conditioning": "centred"}]
+HOW += [{"conditioning": "projected", "layers_per_reading": 2, "default_layer": [0, 1]}]
 
 
-@pytest.mark.parametrize("how", HOW, ids=lambda how: how["conditioning"])
+@pytest.mark.parametrize("how", HOW, ids=lambda how: f"{how['conditioning']}-{how.get('layers_per_reading', 1)}")
 def test_trainer_and_decoder_inject_the_same(tiny, config_for, tiny_decoder, examples, how):
     from train.trainer import LatentQATrainer
 
     base = tiny("smol")
     collator = LatentQACollator(base.tokenizer, config_for(base, **how), base.context)
-    rows = examples(5, patched=True)
+    rows = examples(5, patched=True, **({"layers": [0, 1]} if "layers_per_reading" in how else {}))
     rows[0] |= {"span": "all"}  # nothing hidden
     batch = collator(rows)
     trainer = LatentQATrainer.__new__(LatentQATrainer)  # only its reading is wanted
@@ -216,7 +217,7 @@ def test_trainer_and_decoder_inject_the_same(tiny, config_for, tiny_decoder, exa
     trainer.args = SimpleNamespace(bf16=False)
     trainer.base, trainer.decoder_config, trainer.projection = base, collator.config, decoder.projection
     injected = trainer.read(batch)
-    readings = [decoder.read(r["chat"], r["span"], r["layers"][0]) for r in rows]
+    readings = [decoder.read(r["chat"], r["span"], r["layers"]) for r in rows]
     assert torch.allclose(injected, torch.cat([r.injected for r in readings]), atol=1e-4)
     for row, reading in zip(rows, readings, strict=True):
         assert torch.equal(reading.injected, reading.activations) == (row["span"] == "all" and how["conditioning"] != "centred")

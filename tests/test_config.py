@@ -66,7 +66,9 @@ def test_every_missing_key_is_an_error_that_names_it(key, saved):
         (lambda d: d.update(injection="replace"), "takes no constant.*4.5"),
         (lambda d: d.update(conditioning="whitened"), "whitened.*raw"),
         (lambda d: d.update(positions="random"), "random.*sequential"),
-        (lambda d: d.update(layers_per_reading=2), "layers_per_reading is 2"),
+        (lambda d: d.update(layers_per_reading=0), "layers_per_reading is 0"),
+        (lambda d: d.update(layers_per_reading=2), r"default_layer 1 must name 2 of read_layers \[0, 1\]"),
+        (lambda d: d.update(layers_per_reading=2, default_layer=[1, 1]), r"default_layer \[1, 1\] must name 2"),
         (lambda d: d.update(default_layer=2), r"default_layer 2.*\[0, 1\]"),
     ],
 )
@@ -113,9 +115,19 @@ def test_a_layer_that_the_base_lacks_is_an_error_that_names_both(change, tiny, c
 
 def test_a_layer_that_the_decoder_cannot_read_is_an_error_that_lists_those_it_can(tiny, config_for):
     config = config_for(tiny("llama"))
-    assert config.check_layer(None) == 1 and config.check_layer(0) == 0
-    with pytest.raises(LqaError, match="layer 2.*0, 1"):
-        config.check_layer(2)
+    assert config.check_layers(None) == (1,) and config.check_layers(0) == config.check_layers([0]) == (0,)
+    for wrong, said in ((2, "2"), ([0, 1], "0, 1"), ([], ""), ("0", "'0'"), (0.5, "0.5"), ([[0]], r"\[0\]")):
+        with pytest.raises(LqaError, match=f"cannot read layer {said}; it supports the layers 0, 1 \\(1 a reading\\)"):
+            config.check_layers(wrong)
+
+
+def test_several_layers_are_read_in_the_order_of_their_blocks_and_in_no_other_number(tiny, config_for):
+    config = config_for(tiny("llama"), read_layers=[0, 1, 2], layers_per_reading=2, default_layer=[1, 2]).check()
+    assert config.check_layers(None) == (1, 2) and config.check_layers([2, 0]) == config.check_layers((0, 2)) == (0, 2)
+    assert config.readings == [(0, 1), (0, 2), (1, 2)]
+    for wrong in (1, [1], [1, 1], [0, 1, 2], [0, 3]):
+        with pytest.raises(LqaError, match="supports the layers 0, 1, 2 \\(2 a reading\\)"):
+            config.check_layers(wrong)
 
 
 # --- the prompt -------------------------------------------------------------------------------------------------

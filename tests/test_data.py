@@ -103,6 +103,16 @@ def test_other_spans_draw_nothing_more():
     assert examples(40, spans=spans).to_list() == examples(40, spans=spans | {"part": 0.0, "token": 0.0}).to_list()
 
 
+def test_several_layers_are_drawn_at_once_and_one_is_drawn_as_ever():
+    def build(default, share=0.5):
+        return build_examples(TRAIN, 90, MixtureConfig(default_layer_share=share), [7, 14, 21], default, 0)["layers"]
+
+    pairs = [tuple(layers) for layers in build([7, 14])]
+    assert set(pairs) == {(7, 14), (7, 21), (14, 21)} and 30 < pairs.count((7, 14)) < 60
+    assert set(map(tuple, build([7, 14, 21], 0.0))) == {(7, 14, 21)}  # there is no other choice
+    assert build(14) == build([14]) and {layer for (layer,) in build(14)} == {7, 14, 21}
+
+
 def test_follow_ups_come_after_the_question_whose_answer_they_refer_to():
     import random
 

@@ -11,13 +11,14 @@ from lqa.injection import Injection
 
 CHAT = [{"role": "system", "content": "Speak like a pirate."}, {"role": "user", "content": "Who is it in the city?"}]
 QUESTIONS = ["How will the assistant speak?", "Who is it?", "What does the person want to cook in France?"]
+BOTH = {"layers_per_reading": 2, "default_layer": [0, 1]}
 FAMILIES = ["smol", "llama", "qwen3", "gemma3", "mistral", "gptoss"]
 
 
 def naive_answer(decoder, reading, question, n):
     """A full forward pass per token over prompt, question and answer so far, patched every time; no cache, no batch."""
     tokenizer, config = decoder.base.tokenizer, decoder.config
-    ids, slots = config.prompt.prefix(tokenizer, config.slot_token_id, len(reading.span), [reading.layer])
+    ids, slots = config.prompt.prefix(tokenizer, config.slot_token_id, len(reading.span), reading.layers)
     ids, out = ids + config.prompt.question(tokenizer, question), []
     for _ in range(n):
         batch = torch.tensor([ids + out])
@@ -35,9 +36,9 @@ def hooks(base) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.model.modules())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_those_of_the_naive_way(tiny_decoder, family):
-    decoder = tiny_decoder(family)
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("smol", BOTH)])
+def test_answers_are_those_of_the_naive_way(tiny_decoder, family, changes):
+    decoder = tiny_decoder(family, **changes)
     reading = decoder.read(CHAT, "turn:-1")
     answers = reading.ask(QUESTIONS, max_new_tokens=8)
     assert [a.text for a in answers] == [naive_answer(decoder, reading, q, 8) for q in QUESTIONS]
@@ -53,6 +54,31 @@ def test_a_reading_holds_the_targets_activations(tiny_decoder, tiny):
     assert torch.equal(reading.activations, states[list(reading.span)])
     assert reading.hidden == {0} and reading.layer == 0
     assert "".join(reading.tokens) == reading.rendered.text
+
+
+@pytest.mark.parametrize("conditioning", ["raw", "projected", "centred"])
+def test_a_reading_of_several_layers_is_the_blocks_of_each(tiny_decoder, conditioning):
+    both, single = (tiny_decoder(conditioning=conditioning, **changes) for changes in (BOTH, {}))
+    reading, parts = both.read(CHAT, "turn:-1"), [single.read(CHAT, "turn:-1", k) for k in (0, 1)]
+    assert reading.layer == reading.layers == (0, 1) and [part.layer for part in parts] == [0, 1]
+    for what in ("activations", "injected"):
+        assert torch.equal(getattr(reading, what), torch.cat([getattr(part, what) for part in parts]))
+    ids, slots = reading._prompt_ids()
+    text = both.base.tokenizer.decode(ids)
+    assert sum(slots) == 2 * len(reading.span) and text.index("Layer 0:") < text.index("Layer 1:")
+    answers = ["Formally.", "Like a pirate."]
+    scores = reading.score(QUESTIONS[0], answers)
+    assert both.read(CHAT, "turn:-1", [1, 0]).score(QUESTIONS[0], answers) == scores
+    assert all(part.score(QUESTIONS[0], answers)[0].logprob != scores[0].logprob for part in parts)
+    with pytest.raises(LqaError, match="cannot read layer 1; it supports the layers 0, 1 \\(2 a reading\\)"):
+        both.read(CHAT, "turn:-1", 1)
+
+
+def test_a_list_of_one_layer_is_that_layer(tiny_decoder):
+    decoder = tiny_decoder(conditioning="projected")
+    one, same = (decoder.read(CHAT, "turn:-1", layer) for layer in (0, [0]))
+    assert one.layer == same.layer == 0 and one._prompt_ids() == same._prompt_ids() and torch.equal(one.injected, same.injected)
+    assert one.score(QUESTIONS[0], ["Formally."]) == same.score(QUESTIONS[0], ["Formally."])
 
 
 def test_answers_owe_to_the_activations(tiny_decoder):
@@ -85,7 +111,7 @@ def test_score_is_the_mean_log_probability(tiny_decoder):
     reading = decoder.read(CHAT, "turn:-1")
     (score,) = reading.score(QUESTIONS[0], ["Like a pirate."])
     tokenizer, config = decoder.base.tokenizer, decoder.config
-    ids, slots = config.prompt.prefix(tokenizer, config.slot_token_id, len(reading.span), [reading.layer])
+    ids, slots = config.prompt.prefix(tokenizer, config.slot_token_id, len(reading.span), reading.layers)
     ids = ids + config.prompt.question(tokenizer, QUESTIONS[0])
     answer = config.prompt.answer(tokenizer, "Like a pirate.")
     assert answer[-1] in config.prompt.stop_ids(tokenizer)
@@ -354,9 +380,12 @@ def test_references_differ_in_content_and_not_in_kind(tiny_decoder):
     """Where a reading hides nothing, neither does the donor."""
     from lqa.grounding import DONOR_CHAT, donor_activations, map_linearly
 
-    decoder = tiny_decoder(conditioning="projected")
-    for span, theirs in (("turn:-1", "turn:-1"), ("all", "all")):
-        reading = decoder.read(CHAT, span)
-        donor = decoder.read(DONOR_CHAT, theirs)
-        assert reading.conditioned == donor.conditioned == (span != "all")
-        assert torch.equal(donor_activations(reading), map_linearly(donor.injected, len(reading.span)))
+    for changes in ({}, BOTH):
+        decoder = tiny_decoder(conditioning="projected", **changes)
+        for span, theirs in (("turn:-1", "turn:-1"), ("all", "all")):
+            reading = decoder.read(CHAT, span)
+            donor = decoder.read(DONOR_CHAT, theirs)
+            assert reading.conditioned == donor.conditioned == (span != "all")
+            blocks = [map_linearly(block, len(reading.span)) for block in donor.injected.chunk(len(reading.layers))]
+            assert torch.equal(donor_activations(reading), torch.cat(blocks)) and len(blocks[0]) == len(reading.span)
+        assert reading.ask(QUESTIONS[0], grounding=True, max_new_tokens=2)[0].grounding.shuffled is not None

@@ -159,23 +159,24 @@ def test_identify_tells_a_reader_from_a_guesser(tiny_decoder, job_for, monkeypat
     assert accuracies == {"ours": 1, "shuffled": 0, "none": 1 / 4, "text_only": 1 / 4}
 
 
-def test_a_sweep_shares_readings_and_target_passes(tiny_decoder, job_for, monkeypatch):
-    decoder, passed = tiny_decoder(), []
+@pytest.mark.parametrize(("changes", "layers"), [({}, [0, 1]), ({"layers_per_reading": 2, "default_layer": [0, 1]}, ["(0, 1)"])])
+def test_a_sweep_shares_readings_and_target_passes(tiny_decoder, job_for, monkeypatch, changes, layers):
+    decoder, passed = tiny_decoder(**changes), []
     monkeypatch.setattr(decoder, "_pass", lambda ids, layers, run=decoder._pass: passed.append(tuple(ids)) or run(ids, layers))
     job = job_for(decoder, [item(i) for i in range(4)], sweep=True)
     result = identify.run(job)
     assert len(passed) == len(set(passed))  # no chat twice, however many spans, layers and forms are read of it
     assert list(result.tables["sweep-form"].rows) == ["control", "stimulus", "system"]  # the forms that the data hold
     assert list(result.tables["sweep-span"].rows) == ["all", "last 1", "last 4", "first 10"]
-    assert list(result.tables["sweep-layer"].rows) == ["0", "1"]
+    assert list(result.tables["sweep-layer"].rows) == list(map(str, layers))
     for name in ("form", "span", "layer"):
         assert list(result.tables[f"sweep-{name}"].columns) == ["ours", "none", "shuffled", "text_only"]
     main = result.tables["fixed"].rows["ours"][0]
-    ours = [result.tables[f"sweep-{by}"].rows[part][0] for by, part in (("form", "system"), ("span", "all"), ("layer", "1"))]
+    ours = [result.tables[f"sweep-{by}"].rows[part][0] for by, part in (("form", "system"), ("span", "all"), ("layer", str(layers[-1])))]
     assert ours == [main] * 3
-    assert len(job.journal.records) == 12 - 3  # system, all and layer 1 are `fixed` again
+    assert len(job.journal.records) == 10 + len(layers) - 3  # system, all and the default layer are `fixed` again
     curve = next(plot for plot in result.plots if plot.name == "layers")
-    assert curve.series["ours"]["x"] == [0, 1] and curve.series["ours"]["y"][1] == main.mean
+    assert curve.series["ours"]["x"] == layers and curve.series["ours"]["y"][-1] == main.mean
 
 
 @pytest.mark.parametrize(("span", "expected"), [("all", slice(None)), ("last 1", slice(-1, None)), ("last 4", slice(-4, None))])

@@ -83,6 +83,8 @@ def test_the_formula_by_hand():
     config = decoder.TrainConfig(read_layers=[1], default_layer=1)
     sizes = Sizes(parameters=1000, active=500, adapter=10, layers=4, width=8, inner=16, vocabulary=100)
     assert work_of(config, sizes, (20, 30, 5), False) == 2 * 500 * (20 * 2 / 4 + 30 * 2) + 4 * 100 * 8 * 5
+    several = replace(config, read_layers=[0, 1], layers_per_reading=2, default_layer=[0, 1])
+    assert work_of(several, sizes, (20, 30, 5), False) == work_of(config, sizes, (20, 30, 5), False)  # the deepest decides
     assert work_of(config, sizes, (20, 30, 5), True) - work_of(config, sizes, (20, 30, 5), False) == 2 * 500 * 30
 
 
@@ -92,6 +94,8 @@ def test_more_cards_or_speed_take_less_time_and_tokens_are_the_collator_s(tiny, 
     found = estimate(config, base, speed=1e14, cards=4)
     t, d, a = tokens_of(config, base)
     assert found.tokens == (t, d, a) and d > a > 3 and t > 10
+    several = tokens_of(replace(config, layers_per_reading=3), base)
+    assert several[0] == t and several[2] == a and several[1] > d + 2 * 5  # slots and a header for each further layer
     assert found.readings == 4000 * 16 * 4 and found.hours == pytest.approx(found.readings * found.work / 4e14 / 3600)
     plain = estimate(replace(config, training_args=config.training_args | {"gradient_checkpointing": False}), base)
     assert plain.memory["activations"] > 5 * found.memory["activations"] and plain.work < found.work

@@ -139,8 +139,9 @@ def test_run_reports_every_method_and_goes_on_where_it_was_killed(tiny_decoder, 
     assert result(decoder, folder, tmp_path / "cut") == whole
 
 
-def test_further_decoders_get_rows(tiny_decoder, folder, tmp_path):
-    decoder = tiny_decoder()
+@pytest.mark.parametrize("changes", [{}, {"layers_per_reading": 2, "default_layer": [0, 1]}])
+def test_further_decoders_get_rows(tiny_decoder, folder, tmp_path, changes):
+    decoder = tiny_decoder(**changes)
     whole = result(decoder, folder, tmp_path / "out", rows={"twin": decoder})
     assert whole.tables["read"].rows["twin"] == whole.tables["read"].rows[relations.ROWS["ours"]]
     assert whole.tables["hidden"].rows["twin"] == whole.tables["hidden"].rows[relations.ROWS["ours"]]

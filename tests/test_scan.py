@@ -9,13 +9,16 @@ CHAT = [{"role": "system", "content": "Speak like a pirate."}, {"role": "user", 
 QUESTION, ANSWERS = "How will the assistant speak?", ["Like a pirate.", "Formally.", "It is a doctor from France."]
 
 
-@pytest.mark.parametrize("conditioning", ["raw", "projected"])
-def test_a_cell_is_a_reading_of_one_token(tiny_decoder, conditioning):
-    decoder = tiny_decoder(conditioning=conditioning)
+BOTH = {"layers_per_reading": 2, "default_layer": [0, 1]}
+
+
+@pytest.mark.parametrize(("changes", "layers"), [({}, [0, 1]), ({"conditioning": "projected"}, [0, 1]), (BOTH, [(0, 1)])])
+def test_a_cell_is_a_reading_of_one_token(tiny_decoder, changes, layers):
+    decoder = tiny_decoder(**changes)
     parts = list(scan(decoder, CHAT, QUESTION, ANSWERS, batch=5))
     cells = [cell for part in parts for cell in part]
     n = len(decoder.read(CHAT).span)
-    assert [(c.layer, c.token) for c in cells] == [(k, i) for k in (0, 1) for i in range(1, n + 1)] and len(parts) > 4
+    assert [(c.layer, c.token) for c in cells] == [(k, i) for k in layers for i in range(1, n + 1)] and len(parts) > 2
     for cell in cells[:: len(cells) // 7]:
         expected = decoder.read(CHAT, [cell.token], cell.layer).probabilities(QUESTION, ANSWERS)
         assert cell.probabilities == pytest.approx(expected, abs=1e-4)

@@ -26,6 +26,7 @@ QA = [("How will the assistant speak?", "Like a pirate."), ("Who is it?", "A doc
 CHAT = [{"role": "user", "content": "What will the weather be like in the city?"}]
 SYSTEM = [{"role": "system", "content": "Speak like a pirate."}, *CHAT]
 FAST = {"steps": 4, "batch": 1, "chats": 3, "held_out": 1, "evaluate": 2, "rank": 2, "learning_rate": 0.05, "autocast": False}
+BOTH = {"layers_per_reading": 2, "default_layer": [0, 1]}
 FAST |= {"patience": 2, "certainty": None, "kl": 1.0}
 
 
@@ -62,12 +63,13 @@ def same(a: dict, b: dict) -> bool:
 # --- the loss ---------------------------------------------------------------------------------------------------
 
 
-def plain_loss(decoder, h, h0, layer, hidden):
-    """-log p_D(a | q, injection(h)) pair by pair, each by one whole forward pass of its own."""
+def plain_loss(decoder, h, h0, layers, hidden):
+    """-log p_D(a | q, injection(h_k for k of layers)) pair by pair, each by one whole forward pass of its own."""
     base, config, losses = decoder.base, decoder.config, []
-    values = condition(h, h0, None, layer, config.conditioning, config.conditioning_constant, decoder.projection) if hidden else h
+    how = (config.conditioning, config.conditioning_constant, decoder.projection)
+    values = torch.cat([condition(h[k], h0[k], None, [k], *how) if hidden else h[k] for k in layers])
     for question, answer in QA:
-        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(h), [layer])
+        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(h[layers[0]]), layers)
         answer = config.prompt.answer(base.tokenizer, answer)
         ids = ids + config.prompt.question(base.tokenizer, question) + answer
         slots = torch.tensor([slots + [False] * (len(ids) - len(slots))])
@@ -86,12 +88,15 @@ def plain_loss(decoder, h, h0, layer, hidden):
         ({"conditioning": "projected"}, True, "joint"),
         ({"conditioning": "contrast", "write_layer": 1}, True, "per-layer"),
         ({"write_layer": -1}, False, "per-layer"),
+        (BOTH | {"conditioning": "projected"}, True, "joint"),
+        (BOTH, False, "per-layer"),
     ],
 )
 def test_gradient_is_that_of_the_formula(tiny_decoder, family, changes, hidden, method):
     decoder = tiny_decoder(family, **changes)
     base, weight = decoder.base, 0.7
-    changed = {"method": method, "layers": (0, 1), "hidden": hidden, "kl": weight, "span": "turn:-1"}
+    layers = ([0, 1],) if "layers_per_reading" in changes else (0, 1)
+    changed = {"method": method, "layers": layers, "hidden": hidden, "kl": weight, "span": "turn:-1"}
     settings = steering.Settings(**FAST | changed)
     training = Training(decoder, QA, settings)
     chat = training.chats[0]
@@ -110,15 +115,23 @@ def test_gradient_is_that_of_the_formula(tiny_decoder, family, changes, hidden, 
         with base.using(training.name) as model, Capture(base.blocks, [0, 1], stop=False) as captured:
             steered = model(input_ids=ids).logits[0, chat.places].log_softmax(-1)
         expected_kl = F.kl_div(steered, p0, log_target=True, reduction="none").sum(-1).mean()
-        losses = [plain_loss(decoder, captured[k][0, chat.span], bare[k][0, chat.span], k, hidden) for k in (0, 1)]
-        assert control == pytest.approx(sum(losses).item() / 2, rel=1e-4)
+        h, h0 = ({k: acts[k][0, chat.span] for k in (0, 1)} for acts in (captured, bare))
+
+        def mean(h):
+            return sum(plain_loss(decoder, h, h0, own, hidden) for own in training.readings) / len(training.readings)
+
+        loss, leaves = mean(h), {k: acts.detach().requires_grad_() for k, acts in h.items()}
+        assert control == pytest.approx(loss.item(), rel=1e-4) and len(training.readings) == len(layers)
         assert kl == pytest.approx(expected_kl.item(), rel=1e-2) and kl > 1e-4  # the unsteered distribution is kept in 16 bits
         values = list(parameters.values())
         take = lambda loss: torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True, materialize_grads=True)  # noqa: E731
-        by_layer, of_kl = [take(loss / 2) for loss in losses], take(weight * expected_kl)
+        joint, of_kl = take(loss), take(weight * expected_kl)
+        at_layers = torch.autograd.grad(mean(leaves), list(leaves.values()))
+        assert all(gradient.abs().sum() > 0 for gradient in at_layers)
+        by_layer = [take((h[k] * gradient).sum()) for k, gradient in enumerate(at_layers)]  # what flows through h_k alone
         for i, (key, p) in enumerate(parameters.items()):
             block = next(j for j, b in enumerate(base.blocks) if any(p is q for q in b.parameters()))
-            of_control = by_layer[0][i] + by_layer[1][i] if method == "joint" else by_layer[block][i]
+            of_control = joint[i] if method == "joint" else by_layer[block][i]
             torch.testing.assert_close(found[key], of_control + of_kl[i], rtol=1e-2, atol=2e-4)
         assert sum(g.abs().sum() for g in found.values()) > 0.1
     base.remove_adapter(training.name)
@@ -128,9 +141,9 @@ def test_what_the_decoder_computes_before_its_write_layer_is_kept(tiny_decoder):
     decoder = tiny_decoder(write_layer=1)
     loss = ControlLoss(decoder, QA, hidden=False)
     h = decoder.read(CHAT, "turn:-1").activations
-    first, runs = loss(h, 1), []
+    first, runs = loss(h, [1]), []
     handle = decoder.base.model.get_input_embeddings().register_forward_hook(lambda *_: runs.append(1))
-    assert torch.equal(loss(h, 1), first)
+    assert torch.equal(loss(h, [1]), first)
     handle.remove()
     assert not runs and not any("forward" in vars(b) for b in decoder.base.blocks)
 
@@ -181,7 +194,7 @@ def test_training_ends_where_the_decoder_is_sure_enough(tiny_decoder):
     settings = FAST | {"evaluate": 1, "kl": 0.0, "patience": 9}
 
     def mean(qa, span, chats):
-        losses = [ControlLoss(decoder, qa, hidden=False)(decoder.read(chat, span).activations, 1) for chat in chats]
+        losses = [ControlLoss(decoder, qa, hidden=False)(decoder.read(chat, span).activations, [1]) for chat in chats]
         return (sum(losses) / len(losses)).item()
 
     neutral = [[{"role": "user", "content": steering.load_neutral()["held_out"][0]}]]

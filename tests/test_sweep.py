@@ -2,14 +2,15 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from lqa.corpus import load_controls
 from lqa.errors import LqaError
-from train.decoder import make_sidecar, parse_config
-from train.sweep import Fit, cell_config, fit, load_grid, main, sweep
+from train.decoder import TrainConfig, make_sidecar, parse_config
+from train.sweep import Fit, _same_run, cell_config, fit, load_grid, main, sweep
 from train.trainer import LatentQATrainer
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,14 @@ def test_a_cell_whose_overrides_have_changed_is_refused(grid, kill):
         sweep(path)
 
 
+def test_a_run_goes_on_though_there_are_new_keys_since(tmp_path):
+    settings = asdict(TrainConfig()) | {"curve": []}
+    (tmp_path / "cell.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "layers_per_reading"}))
+    _same_run(tmp_path, settings)
+    with pytest.raises(LqaError, match="other settings"):
+        _same_run(tmp_path, settings | {"layers_per_reading": 2})
+
+
 def test_the_fit_is_a_line_in_the_logarithm():
     law = Fit(0.1, 0.12)
     points = [(n, law(n)) for n in (100, 1000, 3000, 20000)]
@@ -180,7 +189,7 @@ def test_the_fit_is_a_line_in_the_logarithm():
 
 
 def test_the_committed_grids_are_whole(tiny):
-    """Every cell of every grid parses, and goes with a model of as many blocks as the embedded one."""
+    """Every cell of every grid parses, goes with a model of as many blocks as the embedded one, and trains otherwise than all others."""
     grids = sorted((ROOT / "train" / "sweeps").glob("*.yaml"))
     assert {"corpus-size", "ablations-cpu", "ablations-gpu", "curve"} <= {path.stem for path in grids}
     base = tiny("smol", num_hidden_layers=30)
@@ -192,7 +201,9 @@ def test_the_committed_grids_are_whole(tiny):
         for name in grid["cells"]:
             config = cell_config(grid, name)
             config.training_args["bf16"] = False
-            make_sidecar(config, parse_config(config), base)
-            seen.add(json.dumps(grid["cells"][name], sort_keys=True))
+            config.training_args["output_dir"] = "out"  # each cell has one of its own
+            parts = parse_config(config)
+            sidecar = make_sidecar(config, parts, base)
+            seen.add(repr((config.training_args, parts.mixture, parts.projection, parts.lora, sidecar)))
         assert len(seen) == len(grid["cells"])
     assert len(load_grid(ROOT / "train" / "sweeps" / "ablations-cpu.yaml")["cells"]) <= 10

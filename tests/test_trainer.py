@@ -68,6 +68,16 @@ def test_the_first_loss_is_that_of_plain_separate_rows(base, config_for, trainer
     assert losses(trainer) == [pytest.approx(expected, abs=1e-4)]
 
 
+def test_so_it_is_where_several_layers_are_read(tiny, config_for, trainer_for, examples, separate, tmp_path):
+    base, rows = tiny("llama"), examples(4, layers=[0, 1])
+    config = config_for(base, layers_per_reading=2, default_layer=[0, 1])
+    expected = -separate(base, config, rows).mean().item()
+    trainer = trainer_for(base, config, tmp_path / "out", rows, max_steps=2, cache=tmp_path / "cache", num_train_epochs=2)
+    trainer.train()  # the second step reads the disk
+    assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
+    assert losses(trainer)[1] < losses(trainer)[0]
+
+
 def test_a_short_run_reduces_the_loss_and_counts_what_it_did(run, examples):
     trainer = run(10, examples(4, qa=2))
     assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
@@ -314,6 +324,18 @@ def test_the_entry_point_trains_saves_and_prints_one_json_document(entry, capsys
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["steps"] == 3
 
 
+def test_several_layers_are_read_at_once_from_training_to_answers(entry, tiny):
+    path, out = entry
+    flags = ["layers_per_reading=2", "default_layer=[0, 1]", "conditioning=projected", "projection.messages=1", "mixture.controls=0.1"]
+    assert main(["--config", str(path), *flags]) == 0
+    export(out, out.parent / "decoder")
+    decoder = LatentDecoder.from_pretrained(out.parent / "decoder", base=tiny("llama", max_position_embeddings=4096))
+    assert (decoder.config.layers_per_reading, decoder.config.default_layer) == (2, [0, 1])
+    assert "0, 1 (default 0, 1)" in (out.parent / "decoder" / "README.md").read_text()
+    reading = decoder.read([{"role": "system", "content": "Speak like a pirate."}, {"role": "user", "content": "Who?"}], "user")
+    assert len(reading.injected) == 2 * len(reading.span) and reading.ask("Who is it?", max_new_tokens=2)[0].question
+
+
 def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     path, out = entry
     first = ["conditioning=projected", "projection.messages=1"]
@@ -430,6 +452,7 @@ def test_shuffled_activations_are_those_of_another_control_and_the_questions_sta
     [
         ("read_layers=[0, 7]", "layer 7.*blocks 0 to 2"),
         ("default_layer=2", "default_layer 2"),
+        ("layers_per_reading=2", "default_layer 1 must name 2"),
         ("injection=overwrite", "overwrite"),
         ("injection=add_normed", "needs a constant"),
         ("training_args.learning_speed=1", "learning_speed"),

@@ -2,7 +2,7 @@
 
 An example is a plain mapping, so that a `datasets.Dataset` of examples is all the trainer needs:
 
-    {"id", "form", "chat": [{"role", "content"}], "span", "layers": [k], "qa": [{"question", "answer"}], "patched": bool, "length": int}
+    {"id", "form", "chat": [{"role", "content"}], "span", "layers": [int], "qa": [{"question", "answer"}], "patched": bool, "length": int}
 
 A pair may have `after`, a list of earlier questions with their answers: it is a follow-up, asked in the same branch behind them.
 
@@ -15,12 +15,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from datasets import Dataset
 
 from lqa.chat import render, resolve_span
 from lqa.conditioning import reference
+from lqa.config import Layer, layer_list
 from lqa.corpus import Control, load_messages, load_questions
 from lqa.corpus.completions import load_completions
 from lqa.corpus.readings import FORMS, control_chat
@@ -52,7 +54,7 @@ class MixtureConfig:
     qa_per_reading: int = 2  # branches: questions answered from one reading in one pass
     specific: float = 0.4  # share of the pairs after the first whose question is asked of one control only, so that it tells much itself
     follow_up: float = 0.0  # share of readings whose second question is asked after the first, in its branch, and refers to its answer
-    default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers
+    default_layer_share: float = 0.6  # the rest is spread evenly over the other read layers, or choices of several
     shuffled_activations: bool = False  # a fake: what is read is the chat of another example
 
 
@@ -100,13 +102,14 @@ def build_examples(
     n: int,
     mixture: MixtureConfig,
     read_layers: list[int],
-    default_layer: int,
+    default_layer: Layer,
     seed: int,
     target: str = "",
     tokenizer=None,
 ) -> Dataset:
     """n examples of the mixture's sources, each control equally often; the same arguments give the same examples.
 
+    default_layer  a list where several layers are read at once: as many as there are in it
     target     name of the target, whose tokens the rows of "context" must be counted in
     tokenizer  the target's; for the spans "part" and "token"
     Raises LqaError for a mixture that cannot be had.
@@ -126,7 +129,8 @@ def build_examples(
     own, strangers = streams(f"{seed}"), streams(f"{seed}/strangers")
     if mixture.shuffled_activations and len(controls) < 2:
         raise LqaError("mixture.shuffled_activations needs at least two controls.")
-    others = [k for k in read_layers if k != default_layer]
+    default = layer_list(default_layer)
+    others = [list(choice) for choice in combinations(read_layers, len(default)) if set(choice) != set(default)]
     rows = []
     for _ in range(n):
         source = _pick(rng, mixture.sources)
@@ -134,8 +138,8 @@ def build_examples(
         if mixture.shuffled_activations:
             other = next(other for other in strangers[source] if other["id"] != row["id"])
             row |= {key: other[key] for key in ("form", "chat", "span")}
-        layer = default_layer if not others or rng.random() < mixture.default_layer_share else rng.choice(others)
-        rows.append(row | {"layers": [layer], "patched": rng.random() >= mixture.none, "length": _length(row)})
+        layers = default if not others or rng.random() < mixture.default_layer_share else rng.choice(others)
+        rows.append(row | {"layers": layers, "patched": rng.random() >= mixture.none, "length": _length(row)})
     return Dataset.from_list(rows)
 
 
@@ -208,7 +212,7 @@ def _length(row: dict) -> int:
     return visible + sum(len(turn["question"]) + len(turn["answer"]) for pair in row["qa"] for turn in [*pair.get("after", ()), pair])
 
 
-def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConfig, layer: int, seed: int) -> dict[str, Dataset]:
+def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConfig, layer: Layer, seed: int) -> dict[str, Dataset]:
     """{"true": ..., "shuffled": ...}: the same questions, messages and spans, with the control's own and with a stranger's activations.
 
     The difference of the two losses is what answers owe to the activations.
@@ -220,7 +224,7 @@ def build_validation(controls: tuple[Control, ...], n: int, mixture: MixtureConf
         control = controls[i % len(controls)]
         donor = rng.choice([c for c in controls if c.kind == control.kind and c.id != control.id] or controls)
         message = rng.choice(messages)
-        row = {"id": control.id, "form": "system", "span": "turn:-1", "layers": [layer], "patched": True}
+        row = {"id": control.id, "form": "system", "span": "turn:-1", "layers": layer_list(layer), "patched": True}
         row["qa"] = question_pairs(control, mixture.qa_per_reading, mixture.specific, rng)
         for rows, read in ((true, control), (shuffled, donor)):
             row["chat"] = control_chat(read, "system", message)

@@ -38,7 +38,8 @@ class TrainConfig:
 
     base: str | None = None  # None: the embedded model; else a folder or Hub id
     read_layers: list[int] = field(default_factory=list)  # 0-based blocks whose output is read
-    default_layer: int = 0
+    layers_per_reading: int = 1  # several: a block of slots for each, so as many times the span's tokens in the decoder's row
+    default_layer: int | list[int] = 0  # where most examples are read, and answers by default; a list where several are read at once
     write_layer: int = 0  # block whose output is patched; -1 = the embeddings
     injection: str = "replace"
     injection_constant: float | None = None
@@ -173,7 +174,7 @@ def make_sidecar(config: TrainConfig, parts: Parts, base: Base) -> DecoderConfig
     sidecar = DecoderConfig(
         base={"name": base.name, "weights": base.weights, "fingerprint": base.fingerprint()},
         read_layers=layers,
-        layers_per_reading=1,
+        layers_per_reading=config.layers_per_reading,
         default_layer=config.default_layer,
         write_layer=config.write_layer,
         injection=config.injection,
@@ -214,10 +215,11 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
     train, validation = corpus.share_of(corpus.load_controls("train"), mixture.controls), corpus.load_controls("validation")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     n = config.examples or args.max_steps * batch
-    data = build_examples(train, n, mixture, config.read_layers, config.default_layer, args.seed, base.name, base.tokenizer)
+    default = sidecar.check_layers(None)
+    data = build_examples(train, n, mixture, sidecar.read_layers, default, args.seed, base.name, base.tokenizer)
     evaluation = None
     if args.eval_strategy != "no":
-        evaluation = build_validation(validation, config.validation_readings, mixture, config.default_layer, args.seed)
+        evaluation = build_validation(validation, config.validation_readings, mixture, default, args.seed)
     if sidecar.conditioning in MAPPED and projection is None:
         projection = _projection(base, sidecar, train, data, fitting, args, config)
     source = base.fingerprint() | {"precision": "bf16" if args.bf16 else str(base.dtype)}

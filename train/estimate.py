@@ -4,7 +4,7 @@ Estimates, no measurements.  The base is never loaded: its parameters are counte
 config.json of its `base`), and its tokens are counted with the embedded model's tokenizer, over examples of the recipe.
 
     work of a reading     2 P [t (k + 1) / L + d (2 + c)] + 4 V D a      FLOP, a multiplication and an addition each
-        P  parameters of the blocks that a token meets (of experts, those chosen);  L  blocks;  k  the default read layer
+        P  parameters of the blocks that a token meets (of experts, those chosen);  L  blocks;  k  the default read layer, or the deepest
         t  tokens that the target reads, the reference's included;  d  tokens of the decoder's row;  a  tokens of answers
         c  1 with gradient checkpointing, else 0: forward, again, and backward (frozen weights take no gradient)
         V, D  vocabulary and width, of the head.  Attention scores and the adapter are left out: short rows, small ranks.
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from lqa.config import layer_list
 from lqa.errors import LqaError
 from train.decoder import TrainConfig, load_config, make_sidecar, parse_config
 
@@ -114,13 +115,14 @@ def tokens_of(config: TrainConfig, base) -> tuple[float, float, float]:
     from train.collator import IGNORE, LatentQACollator
     from train.data import build_examples
 
-    config = replace(config, base=None, read_layers=[0], default_layer=0, write_layer=0)  # whatever is counted, there is a block 0
+    layers = list(range(config.layers_per_reading))  # whatever is counted, there are these blocks
+    config = replace(config, base=None, read_layers=layers, default_layer=layers, write_layer=0)
     parts = parse_config(config)
     collator = LatentQACollator(base.tokenizer, make_sidecar(config, parts, base), base.context)
     controls = corpus.share_of(corpus.load_controls("train"), parts.mixture.controls)
     mixture = replace(parts.mixture, sources={"latentqa": 1.0})  # the others are of about the same length, and counted in a target's tokens
     sums = [0, 0, 0]
-    for example in build_examples(controls, EXAMPLES, mixture, [0], 0, parts.args.seed, base.name, base.tokenizer):
+    for example in build_examples(controls, EXAMPLES, mixture, layers, layers, parts.args.seed, base.name, base.tokenizer):
         row, passes = collator.row(example)
         found = (sum(len(ids) for ids, *_ in passes), len(row["input_ids"]), sum(label != IGNORE for label in row["labels"]))
         sums = [x + y for x, y in zip(sums, found, strict=True)]
@@ -130,7 +132,7 @@ def tokens_of(config: TrainConfig, base) -> tuple[float, float, float]:
 def work_of(config: TrainConfig, sizes: Sizes, tokens: tuple[float, float, float], checkpointing: bool) -> float:
     """FLOP a reading."""
     t, d, a = tokens
-    blocks = t * (config.default_layer + 1) / sizes.layers + d * (2 + checkpointing)
+    blocks = t * (max(layer_list(config.default_layer)) + 1) / sizes.layers + d * (2 + checkpointing)
     return 2 * sizes.active * blocks + 4 * sizes.vocabulary * sizes.width * a
 
 

@@ -144,8 +144,10 @@ def run_cell(grid: dict, name: str) -> list[dict]:
 
 def _same_run(folder: Path, settings: dict) -> None:
     """Notes what is trained in `folder`.  Raises LqaError if something else was."""
-    file = folder / "cell.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
+    from train.decoder import TrainConfig
+
+    file, unchanged = folder / "cell.json", asdict(TrainConfig())  # what an older version did not note yet is at its default
+    if file.is_file() and unchanged | json.loads(file.read_text(encoding="utf-8")) != settings:
         raise LqaError(f"{folder} holds a run with other settings; remove it, or name another folder with runs.")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(settings, indent=1) + "\n")

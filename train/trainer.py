@@ -112,7 +112,7 @@ class LatentQATrainer(SFTTrainer):
         config = self.decoder_config
         how = (config.conditioning, config.conditioning_constant, self.projection)
         rows = [
-            condition(rows[i], other and rows[other[0]], other and other[1], inputs["read_layers"][i][0], *how)
+            condition(rows[i], other and rows[other[0]], other and other[1], inputs["read_layers"][i], *how)
             for i, other in enumerate(inputs["read_references"])
         ]
         if "cache_paths" in inputs:
@@ -121,7 +121,7 @@ class LatentQATrainer(SFTTrainer):
         return torch.cat(rows)
 
     def _read(self, inputs: dict, part: slice) -> tuple[torch.Tensor, ...]:
-        """The activations of a part of the target's rows, each (len(span), D)."""
+        """The activations of a part of the target's rows, each (layers * len(span), D)."""
         spans, layers = inputs["read_spans"][part], inputs["read_layers"][part]
         if not spans:
             return ()
@@ -135,7 +135,7 @@ class LatentQATrainer(SFTTrainer):
                 acts = capture(self.base.model, self.base.blocks, ids, mask, {k for own in layers for k in own})
         finally:
             self.base.model.train(training)
-        return gather_spans(acts, spans, layers).split([len(span) for span in spans])  # one layer a reading
+        return gather_spans(acts, spans, layers).split([len(span) * len(own) for span, own in zip(spans, layers, strict=True)])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy in nats over answer tokens and their end, averaged as TRL does (over the whole accumulated batch)."""

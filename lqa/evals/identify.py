@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from lqa.chat import render, resolve_span
+from lqa.config import Layer, layer_name
 from lqa.corpus.readings import FORMS, control_chat
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
@@ -60,7 +61,7 @@ class Draw(NamedTuple):
 class Setting:
     """How the controls of a table are read."""
 
-    layer: int
+    layer: Layer
     form: str = "system"
     message: str = "fixed"  # or "own"
     span: str = "all"
@@ -188,7 +189,7 @@ def score_draw(job: Job, draw: Draw, setting: Setting, decoder: LatentDecoder | 
 
 def _read(job: Job, item: Item, setting: Setting, decoder: LatentDecoder | None = None) -> Reading:
     chat = setting.chat(item)
-    layer = setting.layer if decoder is None or setting.layer in decoder.config.read_layers else None
+    layer = setting.layer if decoder is None or decoder.config.reads(setting.layer) else None
     return job.read(chat, setting.tokens(decoder or job.decoder, chat), layer, decoder)
 
 
@@ -204,7 +205,7 @@ def run(job: Job) -> Result:
     """Tables `fixed`, `own` and `hard`, the confusion of categories, and with `job.sweep` tables and curves by form, span and layer."""
     everything, data = items_of(job.data)
     items = job.limited(everything)
-    main = Setting(job.decoder.config.default_layer)
+    main = Setting(layer_name(job.decoder.config.check_layers(None)))
     draws = make_draws(items, M, job.seed)
     work = {"fixed": (main, draws, "")}  # what is scored: (setting, draws, other decoder's name or "")
     work |= {f"fixed/{name}": (main, draws, name) for name in job.rows}
@@ -218,7 +219,8 @@ def run(job: Job) -> Result:
             except LqaError:  # too few items of this form; those of `system` suffice
                 few.append(form)
         work |= {f"sweep-span/{span}": (replace(main, span=span), draws, "") for span in SPANS}
-        work |= {f"sweep-layer/{layer}": (replace(main, layer=layer), draws, "") for layer in sorted(job.decoder.config.read_layers)}
+        layers = map(layer_name, sorted(job.decoder.config.readings))
+        work |= {f"sweep-layer/{layer}": (replace(main, layer=layer), draws, "") for layer in layers}
 
     total, done, found = sum(len(drawn) for _, drawn, _ in work.values()), 0, {name: [] for name in work}
     for name, (setting, drawn, other) in work.items():
@@ -250,7 +252,7 @@ def run(job: Job) -> Result:
 
 def fixed(job: Job, items: Sequence[Item]) -> Table:
     """The table `fixed` alone, of any items (a sweep's: those of the validation split)."""
-    setting = Setting(job.decoder.config.default_layer)
+    setting = Setting(layer_name(job.decoder.config.check_layers(None)))
     draws, found = make_draws(items, M, job.seed), []
     for draw in draws:
         how = "/".join(map(str, asdict(setting).values()))
@@ -315,7 +317,7 @@ def _sweep(by: str, parts: dict[str, tuple[list[Draw], list[dict[str, Scores]]]]
         "layer": "",
     }
     rows = {part: [row[reader] for reader in readers] for part, row in cells.items()}
-    x = [int(part) if by == "layer" else part for part in cells]
+    x = [int(part) if part.isdecimal() else part for part in cells]
     series = {}
     for reader in readers:
         column = [row[reader] for row in cells.values()]

@@ -9,7 +9,8 @@ currency)?  The decoder never saw such questions.  All methods read the same tar
     told                   no reading: the bare model goes on with the relation's prompt, the subject in it as text; what it knows at all
 
 An answer counts if it contains the object as a word (a plural counts too); the logit lens names one token, which has to be the object's
-first.  Numbers are means over the decoder's read layers.
+first.  Numbers are means over the decoder's read layers (over all its readings, if it reads several layers at once: what reads a single one
+is then given the last of them).
 
 A second table has the snippet in a hidden system turn and reads a user's message that says nothing: there the decoder's own conditioning
 applies, which it does not where nothing is hidden, and the text gives nothing away.
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 
 from lqa.chat import Rendered, render
+from lqa.config import Layer, layer_name
 from lqa.decoder import Reading
 from lqa.errors import LqaError
 from lqa.evals import batch
@@ -152,7 +154,7 @@ def run(job: Job) -> Result:
     items, data, lost = load(job.data)
     everything, chosen = items, choose(items, job.limit, job.seed)
     decoder = job.decoder
-    layers, default = decoder.config.read_layers, decoder.config.default_layer
+    layers, default = list(map(layer_name, decoder.config.readings)), layer_name(decoder.config.check_layers(None))
     parts = {name: _cut(rows) for name, rows in chosen.items()}
     work: list[tuple[str, Callable[[], dict]]] = []
     for name, chunks in parts.items():
@@ -166,7 +168,7 @@ def run(job: Job) -> Result:
         done[key] = job.once(key, make)
         job.progress(n, len(work))
 
-    answers: dict[str, dict[int | None, dict[str, str]]] = {}  # method -> layer (None: has none) -> item -> answer
+    answers: dict[str, dict[Layer | None, dict[str, str]]] = {}  # method -> layer (None: has none) -> item -> answer
     hidden: dict[str, dict[str, str]] = {}
     for name, chunks in parts.items():
         for n, chunk in enumerate(chunks):
@@ -196,7 +198,7 @@ def run(job: Job) -> Result:
         by_layer = {k: hits[method].get(k, hits[method].get(None)) for k in layers}  # those without layers are a level line
         cells = {k: _cell(_all(chosen), {k: by}) for k, by in by_layer.items() if by is not None}
         series[titles[method]] = {
-            "x": list(cells),
+            "x": [k if isinstance(k, int) else str(k) for k in cells],
             "y": [c.mean for c in cells.values()],
             "low": [c.low for c in cells.values()],
             "high": [c.high for c in cells.values()],
@@ -228,7 +230,7 @@ def run(job: Job) -> Result:
             "questions": {name: question_of(rows[0]) for name, rows in chosen.items()},
             "span": SPAN,
             "carrier": CARRIER,
-            "layers": list(layers),
+            "layers": layers,
             "new_tokens": NEW_TOKENS,
             "items": {name: len(rows) for name, rows in chosen.items()},
             "left_out": lost,
@@ -253,7 +255,7 @@ def _visible(item: Item) -> list[dict[str, str]]:
     return [{"role": "user", "content": item.snippet}]
 
 
-def _asked(job: Job, chats: Sequence, layer: int, question: str) -> tuple[list[Reading], dict[str, list[str]]]:
+def _asked(job: Job, chats: Sequence, layer: Layer, question: str) -> tuple[list[Reading], dict[str, list[str]]]:
     """The decoder's readings of chats, and its answers: "ours", "none", "shuffled", and "ours" of every further decoder of the run."""
     readings = [job.read(chat, SPAN, layer) for chat in chats]
     donors = readings[1:] + readings[:1] if len(readings) > 1 else [None]
@@ -264,22 +266,22 @@ def _asked(job: Job, chats: Sequence, layer: int, question: str) -> tuple[list[R
     }
     found = {method: batch.texts(batch.adapted(job.decoder), asked, NEW_TOKENS) for method, asked in prompts.items()}
     for name, other in job.rows.items():
-        if layer in other.config.read_layers:
+        if other.config.reads(layer):
             prompts = [batch.ask(job.read(chat, SPAN, layer, other), question) for chat in chats]
             found[name] = batch.texts(batch.adapted(other), prompts, NEW_TOKENS)
     return readings, found
 
 
-def _read(job: Job, chunk: Sequence[Item], layer: int) -> dict[str, list[str]]:
+def _read(job: Job, chunk: Sequence[Item], layer: Layer) -> dict[str, list[str]]:
     """Every method's answers from the activations of `layer`."""
     decoder, base = job.decoder, job.decoder.base
     readings, found = _asked(job, [_visible(item) for item in chunk], layer, question_of(chunk[0]))
     at = [r.span.index(last_token(base.tokenizer, r.rendered, i.subject)) for r, i in zip(readings, chunk, strict=True)]
-    subjects = torch.stack([r.activations[n] for r, n in zip(readings, at, strict=True)])
+    subjects = torch.stack([r.activations[n - len(r.span)] for r, n in zip(readings, at, strict=True)])  # in the last layer's block
     prompts = patchscope(base, subjects, chunk[0].prompt, "x")
-    for target in sorted({layer, *decoder.config.read_layers}):
+    for target in sorted(decoder.config.read_layers):
         found[f"patchscopes/{target}"] = batch.texts(batch.bare(decoder, target), prompts, NEW_TOKENS)
-    found["patchscopes"] = found[f"patchscopes/{layer}"]
+    found["patchscopes"] = found[f"patchscopes/{readings[0].layers[-1]}"]
     found["selfie"] = batch.texts(batch.bare(decoder, WRITE_LAYER), selfie(base, subjects), NEW_TOKENS)
     top = logit_lens(base, subjects).argmax(-1).tolist()
     # One token cannot contain the object: where it is the object's first, the object is entered for it.
@@ -293,7 +295,7 @@ def first_tokens(tokenizer, name: str) -> set[int]:
     return {tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
 
 
-def _hidden(job: Job, chunk: Sequence[Item], layer: int) -> dict[str, list[str]]:
+def _hidden(job: Job, chunk: Sequence[Item], layer: Layer) -> dict[str, list[str]]:
     chats = [[{"role": "system", "content": item.snippet}, {"role": "user", "content": CARRIER}] for item in chunk]
     return _asked(job, chats, layer, question_of(chunk[0]))[1]
 
@@ -314,23 +316,23 @@ def _from_text(job: Job, chunk: Sequence[Item]) -> dict[str, list[str]]:
 
 def _probe(job: Job, rows: Sequence[Item], chosen: Sequence[Item]) -> dict[str, dict[str, str]]:
     """{layer: {item: object}}: what a probe that never saw the item's subject takes its object for; "" where it cannot say."""
-    base, layers = job.decoder.base, job.decoder.config.read_layers
+    base, layers = job.decoder.base, {str(layer_name(own)): own[-1] for own in job.decoder.config.readings}
     ids = {item.id for item in chosen}
     others = [item for item in rows if item.id not in ids]
     room = max(0, PROBED - len(chosen))
     used = [*chosen, *random.Random(job.seed).sample(others, min(room, len(others)))]
     rendered = [render(base.tokenizer, _visible(item)) for item in used]
-    states = batch.states(base, rendered, layers)
+    states = batch.states(base, rendered, sorted(set(layers.values())))
     at = [last_token(base.tokenizer, r, i.subject) for r, i in zip(rendered, used, strict=True)]
     objects, subjects = [item.object for item in used], [item.subject for item in used]
     if len(set(subjects)) < 2:
-        return {str(layer): {item.id: "" for item in chosen} for layer in layers}
+        return {name: {item.id: "" for item in chosen} for name in layers}
     found = {}
-    for layer in layers:
+    for name, layer in layers.items():
         x = torch.stack([s[layer][n] for s, n in zip(states, at, strict=True)])
         logprobs, names = cross_validated(x, objects, subjects, seed=job.seed)
         best = [names[row.argmax()] if row.max() > -float("inf") else "" for row in logprobs]
-        found[str(layer)] = {item.id: name for item, name in zip(used, best, strict=True) if item.id in ids}
+        found[name] = {item.id: said for item, said in zip(used, best, strict=True) if item.id in ids}
     return found
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lqa.activations import Passes
+from lqa.config import Layer
 from lqa.corpus.readings import FORMS
 from lqa.decoder import LatentDecoder, Reading
 from lqa.evals.statistics import bootstrap
@@ -123,7 +124,7 @@ class Job:
         """What the results took, those of earlier runs included."""
         return sum(self._seconds.values())
 
-    def read(self, chat, span, layer: int | None = None, decoder: LatentDecoder | None = None) -> Reading:
+    def read(self, chat, span, layer: Layer | None = None, decoder: LatentDecoder | None = None) -> Reading:
         """`decoder.read` of the suite's decoder (or another one); a chat is passed through the target once, for all spans and layers."""
         return (decoder or self.decoder).read(chat, span, layer, passes=self.passes)
 

@@ -141,8 +141,8 @@ def _chat(persona: Persona, message: str) -> list[dict[str, str]]:
 
 def _message(job: Job, personas: Sequence[Persona], message: str, question: str) -> dict[str, dict]:
     """{method: {"scores": one row of log-probabilities for each persona's reading, "texts": its free answer}}."""
-    decoder, layer = job.decoder, job.decoder.config.default_layer
-    answers, runner, target = [persona.answer for persona in personas], batch.adapted(decoder), batch.bare(decoder)
+    decoder, answers = job.decoder, [persona.answer for persona in personas]
+    runner, target = batch.adapted(decoder), batch.bare(decoder)
 
     def read(other: LatentDecoder) -> list[Reading]:
         return [job.read(_chat(persona, message), SPAN, None, other) for persona in personas]
@@ -156,7 +156,7 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
 
     readings = read(decoder)
     replies = batch.texts(target, [batch.plain(decoder.base, _chat(persona, message)) for persona in personas], REPLY_TOKENS)
-    last = torch.stack([reading.activations[-1] for reading in readings])
+    last = torch.stack([reading.activations[-1] for reading in readings])  # of the last layer, if several are read
     # The colon, which the paper's model writes itself, is given, so that answers can be scored behind it.
     described = patchscope(decoder.base, last, DESCRIPTION + ":", "x")
     found = {
@@ -165,7 +165,7 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
         "text_only": both(target, [batch.text_only(reading, question) for reading in readings]),
         "reply": both(target, [told(reply) for reply in replies]),
         "selfie": both(batch.bare(decoder, WRITE_LAYER), selfie(decoder.base, last)),
-        "patchscopes": both(batch.bare(decoder, layer), described),
+        "patchscopes": both(batch.bare(decoder, readings[0].layers[-1]), described),
     }
     for name, other in job.further.items():
         found[name] = both(batch.adapted(other), [batch.ask(reading, question) for reading in read(other)])
@@ -174,7 +174,7 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
 
 def _probe(job: Job, personas: Sequence[Persona], messages: Sequence[str]) -> dict[str, list]:
     """{"scores": for every message, a row of log-probabilities for each persona's reading}, from probes trained on the other messages."""
-    base, layer = job.decoder.base, job.decoder.config.default_layer
+    base, layer = job.decoder.base, job.decoder.config.check_layers(None)[-1]
     rendered = [render(base.tokenizer, _chat(persona, message)) for message in messages for persona in personas]
     states = batch.states(base, rendered, [layer])
     means = torch.stack([s[layer][resolve_span(SPAN, r)].mean(0) for s, r in zip(states, rendered, strict=True)])

@@ -36,17 +36,20 @@ class ControlLoss:
     """-log p_D(a | q, injection(h)): mean over the pairs of the mean per token (nats, end of turn included); the decoder is frozen.
 
     All pairs are branches behind one prefix with slots (one decoder pass, logits at answer tokens only).  What the decoder computes up to
-    its write layer does not depend on the activations: it is kept for every number of slots and every layer.
+    its write layer does not depend on the activations: it is kept for every number of slots and choice of layers.
     """
 
     def __init__(self, decoder, qa: Sequence[tuple[str, str]], hidden: bool, autocast: bool = False):
         self.decoder, self.qa, self.hidden, self.autocast = decoder, list(qa), hidden, autocast
-        self._rows: dict[tuple[int, int], dict] = {}
+        self._rows: dict[tuple[int, tuple[int, ...]], dict] = {}
 
-    def __call__(self, injected: Tensor, layer: int) -> Tensor:
-        """A scalar for what is injected (N, D); differentiable in it.  Raises LqaError if the pairs do not fit the context."""
+    def __call__(self, injected: Tensor, layers: Sequence[int]) -> Tensor:
+        """A scalar for what is injected (L * N, D), a block for each of `layers`; differentiable in it.
+
+        Raises LqaError if the pairs do not fit the context.
+        """
         decoder, base, config = self.decoder, self.decoder.base, self.decoder.config
-        row = self._row(len(injected), layer)
+        row = self._row(len(injected) // len(layers), tuple(layers))
         with torch.autocast(base.device.type, torch.bfloat16, enabled=self.autocast):
             with base.using(decoder.adapter) as model, Injection(base, config.write_layer, config.operation) as injection:
                 with injection.armed(row["slots"], injected), bypassed(base.blocks[: config.write_layer + 1]):
@@ -54,24 +57,29 @@ class ControlLoss:
         losses = F.cross_entropy(logits.float(), row["targets"], reduction="none")
         return (losses * row["weights"]).sum()
 
-    def of_reading(self, h: Tensor, chat: Neutral, layer: int) -> Tensor:
-        """The loss for a steered target's activations h (N, D) of a neutral chat.
+    def of_reading(self, h: dict[int, Tensor], chat: Neutral, layers: Sequence[int]) -> Tensor:
+        """The loss for a steered target's activations h, {read layer: (N, D)}, of a neutral chat, of which the decoder reads `layers`."""
+        return self(self.injected(h, chat, layers), layers)
+
+    def injected(self, h: dict[int, Tensor], chat: Neutral, layers: Sequence[int]) -> Tensor:
+        """What the decoder gets of h: (L * N, D).
 
         With `hidden` they are conditioned as the sidecar says, the unsteered target's activations of the same chat being the reference:
         to the decoder, the steering is a context that is hidden.  Without, they go in as those of a chat that hides nothing.
         """
         config = self.decoder.config
         how = (config.conditioning, config.conditioning_constant, self.decoder.projection)
-        return self(condition(h, chat.h0[layer] if self.hidden else None, None, layer, *how), layer)
+        own, h0 = (torch.cat([acts[k] for k in layers]) if acts else None for acts in (h, chat.h0 if self.hidden else None))
+        return condition(own, h0, None, layers, *how)
 
-    def _row(self, slots: int, layer: int) -> dict:
-        if (slots, layer) not in self._rows:
-            self._rows[slots, layer] = self._build(slots, layer)
-        return self._rows[slots, layer]
+    def _row(self, slots: int, layers: tuple[int, ...]) -> dict:
+        if (slots, layers) not in self._rows:
+            self._rows[slots, layers] = self._build(slots, layers)
+        return self._rows[slots, layers]
 
-    def _build(self, slots: int, layer: int) -> dict:
+    def _build(self, slots: int, layers: Sequence[int]) -> dict:
         decoder, base, config = self.decoder, self.decoder.base, self.decoder.config
-        lists = config.prompt.row(base.tokenizer, config.slot_token_id, slots, [layer], self.qa)
+        lists = config.prompt.row(base.tokenizer, config.slot_token_id, slots, layers, self.qa)
         decoder.check_room(max(lists["position_ids"]) + 1, 0)
         row = {key: torch.tensor([values], device=base.device) for key, values in lists.items()}
         places = (row["labels"][0, 1:] != IGNORE).nonzero().squeeze(1)

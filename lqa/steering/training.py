@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lqa.chat import check_text
+from lqa.config import Layer, layer_name
 from lqa.errors import LqaError
 from lqa.provenance import code_version
 from lqa.steering.loss import ControlLoss, divergence
@@ -26,10 +27,11 @@ METHODS = ("joint", "per-layer")
 class Settings:
     """How a steering is trained.
 
-    method         joint: the mean of the read layers' losses, gradient into the LoRA of blocks 0 to the deepest of them;
-                   per-layer: the loss of a read layer trains the blocks after the read layer before it (where a decoder reads every
+    method         joint: the mean of the losses of all readings, gradient into the LoRA of blocks 0 to the deepest layer that is read;
+                   per-layer: the gradient at a read layer trains the blocks after the read layer before it (where a decoder reads every
                    layer, block j alone from h_j, which is the paper's)
-    layers         read layers of the loss; None: the decoder's default one for joint, all that it supports for per-layer
+    layers         readings of the loss, each a layer, or a list where the decoder reads several at once; None: its default one for joint,
+                   all that it supports for per-layer
     span           the tokens of a neutral chat that are read
     hidden         the decoder reads the steering as a hidden context (against the unsteered target), or as a visible one; None: hidden
                    for a decoder that reads nothing else (conditioning "contrast")
@@ -47,7 +49,7 @@ class Settings:
     """
 
     method: str = "joint"
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Layer, ...] | None = None
     span: str = "all"
     hidden: bool | None = None
     steps: int = 40
@@ -85,13 +87,17 @@ class Settings:
                 raise LqaError(f"{name} is {getattr(self, name)}, but there are {there} such neutral chats.")
         if self.certainty is not None and not 0 < self.certainty < float("inf"):
             raise LqaError(f"certainty must be a number above 0, not {self.certainty!r}.")
-        for layer in self.layers or ():
-            decoder.config.check_layer(layer)
+        self.readings(decoder)
         return self
 
+    def readings(self, decoder) -> list[tuple[int, ...]]:
+        """The layers of every reading.  Raises LqaError for what the decoder does not read."""
+        named = self.layers or (decoder.config.readings if self.method == "per-layer" else [None])
+        return sorted(map(decoder.config.check_layers, named))
+
     def read_layers(self, decoder) -> list[int]:
-        every = self.layers if self.layers is not None else decoder.config.read_layers
-        return sorted(every) if self.method == "per-layer" or self.layers else [decoder.config.default_layer]
+        """All layers that are read, ascending."""
+        return sorted({k for layers in self.readings(decoder) for k in layers})
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def steer(
         "control": control,
         "qa": [list(pair) for pair in pairs],
         "decoder": Path(decoder.name).name if Path(decoder.name).is_dir() else decoder.name,  # no path of this machine
-        "settings": asdict(config) | {"layers": training.layers, "hidden": training.loss.hidden},
+        "settings": asdict(config) | {"layers": list(map(layer_name, training.readings)), "hidden": training.loss.hidden},
         "steps": history[-1].step,
         "seconds": time.perf_counter() - begun,
         "loss": training.best,
@@ -251,11 +257,11 @@ class Loop:
 
 
 class Training(Loop):
-    """The training of a steering; `layers` are those that are read."""
+    """The training of a steering; `readings` are the layers of each, `layers` all of them."""
 
     def __init__(self, decoder, qa: Sequence[tuple[str, str]], settings: Settings, control: str | None = None):
         self.decoder, self.base, self.settings = decoder, decoder.base, settings
-        self.layers = settings.read_layers(decoder)
+        self.readings, self.layers = settings.readings(decoder), settings.read_layers(decoder)
         hidden = decoder.config.conditioning == "contrast" if settings.hidden is None else settings.hidden
         self.loss = ControlLoss(decoder, qa, hidden, settings.autocast)
         neutral, draw = load_neutral(), random.Random(settings.seed)
@@ -275,13 +281,14 @@ class Training(Loop):
         settings = self.settings
         chat.reference(self.base, self.layers, settings.kl > 0)
         h, logprobs = chat.run(self.base, self.layers, settings.kl > 0, self.name)
-        control, share = 0.0, weight / len(self.layers)
-        gradients = {}
-        for k in self.layers:
-            leaf = h[k].detach().requires_grad_()
-            loss = self.loss.of_reading(leaf, chat, k)
-            (gradients[k],) = torch.autograd.grad(loss * share, leaf)
-            control += loss.item() / len(self.layers)
+        control, share = 0.0, weight / len(self.readings)
+        leaves = {k: acts.detach().requires_grad_() for k, acts in h.items()}
+        gradients = {k: torch.zeros_like(acts) for k, acts in leaves.items()}
+        for layers in self.readings:
+            loss = self.loss.of_reading(leaves, chat, layers)
+            for k, gradient in zip(layers, torch.autograd.grad(loss * share, [leaves[k] for k in layers]), strict=True):
+                gradients[k] += gradient
+            control += loss.item() / len(self.readings)
         kl = divergence(chat, logprobs) if settings.kl > 0 else None
         if settings.method == "joint":
             ends = [*h.values(), *([kl] if kl is not None else [])]
@@ -301,7 +308,7 @@ class Training(Loop):
         for chat in self.held_out:
             chat.reference(self.base, self.layers, self.settings.kl > 0)
             h, logprobs = chat.run(self.base, self.layers, self.settings.kl > 0, self.name)
-            control += sum(self.loss.of_reading(h[k], chat, k).item() for k in self.layers) / len(self.layers)
+            control += sum(self.loss.of_reading(h, chat, layers).item() for layers in self.readings) / len(self.readings)
             kl += divergence(chat, logprobs).item() if self.settings.kl > 0 else 0.0
         return control / len(self.held_out), kl / len(self.held_out)
 
@@ -311,12 +318,12 @@ class Training(Loop):
         start = loss = 0.0
         if self.decoder.config.conditioning == "contrast":  # it does not read text
             return float("-inf")
-        for k in self.layers:
-            reading = self.decoder._read([{"role": "user", "content": text}], "all", k)
-            loss += self.loss(reading.activations, k).item() / len(self.layers)
+        for layers in self.readings:
+            reading = self.decoder._read([{"role": "user", "content": text}], "all", layers)
+            loss += self.loss(reading.activations, layers).item() / len(self.readings)
             for chat in self.held_out:
                 chat.reference(self.base, self.layers, self.settings.kl > 0)
-                start += self.loss.of_reading(chat.h0[k], chat, k).item() / len(self.layers) / len(self.held_out)
+                start += self.loss.of_reading(chat.h0, chat, layers).item() / len(self.readings) / len(self.held_out)
         return start - self.settings.certainty * (start - loss) if loss < start else float("-inf")
 
     def _groups(self, parameters: dict[str, Tensor]) -> dict[int, list[Tensor]]:

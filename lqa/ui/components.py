@@ -10,12 +10,14 @@ from pathlib import Path
 
 import gradio as gr
 
+from lqa.config import Layer, layer_list
+
 STATIC = Path(__file__).parent / "static"
 PAGE_CSS = STATIC / "page.css"
 GPU = {"concurrency_limit": 2, "concurrency_id": "gpu"}  # forward passes take turns; two, so that a long one leaves room
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}  # plumbing: no endpoint, no tool
 QUICK = PRIVATE | {"queue": False}  # no forward pass: does not wait for those who make one
-MAX_RADIO = 6  # more read layers than this are a dropdown
+MAX_RADIO = 6  # more choices of a layer than this are a dropdown
 
 
 def component(name: str, value, elem_id: str) -> gr.HTML:
@@ -52,11 +54,18 @@ def fixed(html: str, elem_id: str | None = None) -> gr.HTML:
     return gr.HTML(html, elem_id=elem_id, apply_default_css=False)
 
 
+def layer_choice(layer: Layer) -> int | str:
+    """A reading's layer in `layer_control`; several as "7, 14, 21"."""
+    layers = layer_list(layer)
+    return layers[0] if len(layers) == 1 else ", ".join(map(str, layers))
+
+
 def layer_control(config, elem_id: str) -> gr.Radio | gr.Dropdown:
-    """A choice of the layers that the decoder reads."""
-    control = gr.Radio if len(config.read_layers) <= MAX_RADIO else gr.Dropdown
-    choices = [(str(k), k) for k in config.read_layers]
-    return control(choices, value=config.default_layer, label="Layer", min_width=260, scale=1, elem_id=elem_id)
+    """A choice of what the decoder reads: a layer, or several at once."""
+    choices = [(str(choice), choice) for choice in map(layer_choice, config.readings)]
+    control = gr.Radio if len(choices) <= MAX_RADIO else gr.Dropdown
+    default = layer_choice(config.check_layers(None))
+    return control(choices, value=default, label="Layer", min_width=260, scale=1, elem_id=elem_id)
 
 
 def stops(button: gr.Button, stopped, shown: gr.HTML, events: list) -> None:

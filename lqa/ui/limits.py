@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lqa.chat import Chat, check_chat
+from lqa.config import layer_list
 from lqa.errors import LqaError
 
 MAX_TURNS = 12
@@ -83,11 +84,15 @@ def check_control(text) -> str:
     return check_question(text, "The control")
 
 
-def check_layer(layer) -> int | None:
-    """An integer, or None for the decoder's default; whether the decoder reads it is the decoder's to say."""
-    if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool)):
-        raise LqaError(f"The layer must be a whole number, not {str(layer)[:40]!r}.")
-    return layer
+def check_layer(layer) -> list[int] | None:
+    """An integer, several as a list or as "7, 14, 21", or None for the decoder's default; whether the decoder reads it is the decoder's to
+    say."""
+    if layer is None:
+        return None
+    layers = [int(k) if k.strip().isdecimal() else k for k in layer[:200].split(",")] if isinstance(layer, str) else layer_list(layer)
+    if any(not isinstance(k, int) or isinstance(k, bool) for k in layers):
+        raise LqaError(f"The layer must be a whole number, or several, not {str(layer)[:40]!r}.")
+    return layers
 
 
 def lines(text) -> list[str]:

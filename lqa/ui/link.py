@@ -9,7 +9,7 @@ import gradio as gr
 from lqa.chat import render
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
-from lqa.ui.components import QUICK, component
+from lqa.ui.components import QUICK, component, layer_choice
 from lqa.ui.limits import check_layer, check_questions, check_selection, check_turns
 from lqa.ui.read import Read
 from lqa.ui.tokens import token_view
@@ -59,7 +59,7 @@ def make_restore(decoder: LatentDecoder):
                 span = check_selection(span)
                 if not all(isinstance(i, int) and 0 < i < len(rendered) for i in span):
                     raise LqaError("The link names tokens that this chat does not have.")
-            layer = decoder.config.check_layer(check_layer(layer))
+            layer = layer_choice(decoder.config.check_layers(check_layer(layer)))
             questions = "\n".join(check_questions(questions))
             view = token_view(rendered, span)
             if isinstance(span, str) and not view["spans"].get(span):

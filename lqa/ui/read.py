@@ -15,9 +15,10 @@ import gradio as gr
 import spaces
 
 from lqa.chat import Chat, Rendered, render
+from lqa.config import Layer
 from lqa.decoder import EMBEDDED_DECODER, Answer, Grounding, LatentDecoder, Reading, TokenScore
 from lqa.errors import LqaError
-from lqa.ui.components import GPU, PRIVATE, QUICK, chips_view, component, fixed, layer_control, stops
+from lqa.ui.components import GPU, PRIVATE, QUICK, chips_view, component, fixed, layer_choice, layer_control, stops
 from lqa.ui.examples import CHATS, suggestions
 from lqa.ui.limits import (
     MAX_FOLLOW_UPS,
@@ -70,7 +71,7 @@ def answers_view(stage: str = "idle", items: list[dict] | None = None, note: str
     return {"stage": stage, "items": items or [], "note": note, "reading": reading, "code": code, "ask": None, "most": MAX_FOLLOW_UPS}
 
 
-def code_of(decoder: LatentDecoder, chat: Chat, span: str | list[int], layer: int, questions: list[str]) -> str:
+def code_of(decoder: LatentDecoder, chat: Chat, span: str | list[int], layer: Layer, questions: list[str]) -> str:
     """A script that repeats a reading with `lqa`."""
     known = Path(decoder.name).exists()
     source = "" if decoder.name == str(EMBEDDED_DECODER) else json.dumps(Path(decoder.name).name if known else decoder.name)
@@ -149,7 +150,7 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
             yield strip, answers_view("reading", blank), ""
             reading = decoder.read(turns, span, check_layer(layer))
             about = {"chat": turns, "span": span, "layer": reading.layer, "tokens": [t["text"] for t in tokens_of(now)]}
-            note = f"layer {reading.layer} · {len(span)} token{'s' if len(span) > 1 else ''}"
+            note = f"layer {layer_choice(reading.layers)} · {len(span)} token{'s' if len(span) > 1 else ''}"
             code = code_of(decoder, turns, name or span, reading.layer, asked)
             # The strip is sent once: later it could undo a selection made in the meantime.
             for stage, items in answer(reading, asked, []):

@@ -12,8 +12,8 @@ from lqa.chat import render
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
 from lqa.scan import scan
-from lqa.ui.components import GPU, PRIVATE, QUICK, component, fixed, stops
-from lqa.ui.limits import MAX_ANSWERS, MAX_SCANNED, check_answers, check_question, check_turns
+from lqa.ui.components import GPU, PRIVATE, QUICK, component, fixed, layer_choice, stops
+from lqa.ui.limits import MAX_ANSWERS, MAX_SCANNED, check_answers, check_layer, check_question, check_turns
 from lqa.ui.read import Read
 from lqa.ui.tokens import follow, token_view, tokens_of
 
@@ -44,16 +44,17 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
             span = follow(strip, rendered)["selected"] if what == SELECTED else list(range(1, len(rendered)))
             if not isinstance(span, list) or len(span) > MAX_SCANNED:
                 raise LqaError(f"Scan takes at most {MAX_SCANNED} tokens, not {len(span)}; shorten the chat, or select some in Read.")
-            layers = decoder.config.read_layers
+            readings, default = decoder.config.readings, decoder.config.check_layers(None)
             # The default layer first: it is the one that says most.
-            order = sorted(layers, key=lambda k: k != decoder.config.default_layer)
+            order = sorted(readings, key=lambda layers: layers != default)
+            layers = list(map(layer_choice, readings))
             cells: dict[str, list] = {str(k): [None] * len(rendered) for k in layers}
             head = question, answers, tokens_of(rendered), layers
             yield scan_view(WORKING, *head), ""
             done, total = 0, len(span) * len(layers)
             for part in scan(decoder, turns, question, answers, span, order):
                 for cell in part:
-                    cells[str(cell.layer)][cell.token] = [round(p, 3) for p in cell.probabilities]
+                    cells[str(layer_choice(cell.layer))][cell.token] = [round(p, 3) for p in cell.probabilities]
                 done += len(part)
                 so_far = {layer: list(row) for layer, row in cells.items()}
                 yield scan_view(WORKING if done < total else "done", *head, so_far, f"{done} of {total} cells"), ""
@@ -66,13 +67,14 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
             rendered = render(decoder.base.tokenizer, check_turns(chat))
             try:
                 cell, tokens, question = view["pick"], view["tokens"], str(view["question"])
-                token, layer = int(cell["token"]), int(cell["layer"])
+                token, layer = int(cell["token"]), str(cell["layer"])
                 same = [t["text"] for t in tokens] == [t.text for t in rendered.tokens]
             except (TypeError, KeyError, ValueError) as error:
                 raise LqaError("That is no cell of a scan; click one.") from error
             if not same or not 0 < token < len(rendered):
                 raise LqaError("The chat has changed since this scan; scan it again.")
-            return gr.update(selected="read"), token_view(rendered, [token]), decoder.config.check_layer(layer), question, ""
+            layer = layer_choice(decoder.config.check_layers(check_layer(layer)))
+            return gr.update(selected="read"), token_view(rendered, [token]), layer, question, ""
         except LqaError as error:
             return *(gr.skip(),) * 4, str(error)
 

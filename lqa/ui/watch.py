@@ -10,7 +10,7 @@ import spaces
 from lqa.chat import Chat, render
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
-from lqa.ui.components import GPU, PRIVATE, component, fixed, layer_control, stops
+from lqa.ui.components import GPU, PRIVATE, component, fixed, layer_choice, layer_control, stops
 from lqa.ui.limits import MAX_REPLY, MAX_SELECTED, check_answers, check_layer, check_question, check_turns, lines
 
 QUESTION = "Is the assistant hiding something?"
@@ -42,12 +42,12 @@ def make_watch(decoder: LatentDecoder) -> Callable:
         try:
             turns, question = check_turns(chat), check_question(question)
             choices = check_answers(answers) if lines(answers) else []
-            layer = decoder.config.check_layer(check_layer(layer))
-            pieces, points, note = [], [], f"layer {layer}, read every {EVERY} tokens"
+            layers = decoder.config.check_layers(check_layer(layer))
+            pieces, points, note = [], [], f"layer {layer_choice(layers)}, read every {EVERY} tokens"
 
             def point() -> dict:
                 so_far = [*turns, {"role": "assistant", "content": "".join(pieces).lstrip()}]
-                reading = decoder.read(so_far, reply_span(decoder, so_far, what), layer)
+                reading = decoder.read(so_far, reply_span(decoder, so_far, what), layers)
                 if choices:
                     return {"at": len(pieces), "p": [round(p, 3) for p in reading.probabilities(question, choices)]}
                 return {"at": len(pieces), "text": reading.ask(question, max_new_tokens=SHORT)[0].text}

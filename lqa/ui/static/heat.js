@@ -50,7 +50,7 @@ function build(view) {
     drawToken(name, token.text);
     column.append(name);
     for (const layer of view.layers) {
-      const cell = button("cell", "", () => { cursor = cell; open(i, Number(layer)); });
+      const cell = button("cell", "", () => { cursor = cell; open(i, layer); });
       cell.tabIndex = -1;
       cell.dataset.token = i;
       cell.dataset.layer = layer;
