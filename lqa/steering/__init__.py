@@ -8,7 +8,7 @@
 from lqa.steering.neutral import load_neutral
 from lqa.steering.pairs import check_pairs, load_pairs, write_pairs
 from lqa.steering.steering import Steering, check_strength
-from lqa.steering.strength import auto_strength
+from lqa.steering.strength import auto_strength, strongest
 from lqa.steering.training import Cancelled, Progress, Settings, steer
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "load_neutral",
     "load_pairs",
     "steer",
+    "strongest",
     "write_pairs",
 ]

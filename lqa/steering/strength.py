@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from lqa import engine
 from lqa.chat import render
@@ -11,21 +12,33 @@ from lqa.errors import LqaError
 from lqa.steering.neutral import load_neutral
 
 REQUESTS, NEW_TOKENS = 8, 32
+RATIO = 1.5
+ROWS = 16  # replies of one batch
 
 
-def write_replies(decoder, requests: Sequence[str], strengths=(), new_tokens: int = NEW_TOKENS) -> list[list[int]]:
-    """Greedy replies (token ids) of the target with `strengths` ((adapter, strength), ...), decoded as one batch."""
+def write_replies(
+    decoder,
+    requests: Sequence[str],
+    session: Callable | None = None,
+    new_tokens: int = NEW_TOKENS,
+    *,
+    system: str | None = None,
+    choose: Callable | None = None,
+) -> list[list[int]]:
+    """Replies of the target to `requests`, as token ids without the end of turn; shorter than `new_tokens` where it ended by itself.
 
-    def session():
-        return decoder.base.decoding(*strengths)
-
-    prefix, rows = _prompts(decoder, requests, session)
-    tokenizer = decoder.base.tokenizer
+    session  of the model that replies (see lqa.engine); None: the bare model
+    system   a system prompt in front of every request
+    choose   see engine.decode; greedy if None
+    """
+    session, tokenizer = session or decoder.base.decoding, decoder.base.tokenizer
     stop = [i for i in [tokenizer.eos_token_id, *decoder.config.prompt.stop_ids(tokenizer)] if i is not None]
-    replies: list[list[int]] = [[] for _ in rows]
-    for steps in engine.decode(session, prefix, rows, new_tokens, stop):
-        for row, token, _ in steps:
-            replies[row].append(token)
+    replies: list[list[int]] = [[] for _ in requests]
+    for first in range(0, len(requests), ROWS):
+        prefix, rows = _prompts(decoder, requests[first : first + ROWS], session, system)
+        for steps in engine.decode(session, prefix, rows, new_tokens, stop, choose):
+            for row, token, _ in steps:
+                replies[first + row].append(token)
     return replies
 
 
@@ -43,21 +56,31 @@ def perplexity(decoder, requests: Sequence[str], replies: Sequence[Sequence[int]
     return math.exp(-sum(m * n for m, n in zip(means, lengths, strict=True)) / sum(lengths))
 
 
-def auto_strength(steering, ratio: float = 1.5, *, most: float = 4.0, step: float = 0.5, requests: int = REQUESTS) -> float:
+def strongest(
+    decoder,
+    session: Callable[[float], Callable],
+    ratio: float = RATIO,
+    *,
+    most: float = 4.0,
+    step: float = 0.5,
+    requests: int = REQUESTS,
+) -> tuple[float, dict[str, float]]:
     """The largest strength at which the perplexity of the steered replies to neutral chats, under the unsteered model, stays below
     `ratio` times that of the unsteered replies; found to a quarter of `step`, at most `most`, 0 if there is none.
 
-    The first strength that goes too far ends the search: far beyond it a model repeats itself, which any model finds likely.  The
-    ratios that were found are in `steering.record["strengths"]`, {strength: ratio}.  Raises LqaError for a ratio that is not above 1.
+    session  strength -> the session (see lqa.engine) of the model so steered, by whatever means
+
+    The first strength that goes too far ends the search: far beyond it a model repeats itself, which any model finds likely.  Returned
+    with the ratios that were found, {strength: ratio}.  Raises LqaError for a ratio that is not above 1.
     """
     if not ratio > 1:
         raise LqaError(f"The perplexity ratio must be above 1, not {ratio!r}.")
-    decoder, asked = steering.decoder, load_neutral()["held_out"][-requests:]  # early stopping takes the first
+    asked = load_neutral()["held_out"][-requests:]  # early stopping takes the first
     plain = perplexity(decoder, asked, write_replies(decoder, asked))
     found: dict[float, float] = {}
 
     def fits(strength: float) -> bool:
-        replies = write_replies(decoder, asked, [(steering.adapter, strength)])
+        replies = write_replies(decoder, asked, session(strength))
         found[strength] = perplexity(decoder, asked, replies) / plain if any(replies) else math.inf
         return found[strength] < ratio
 
@@ -69,12 +92,20 @@ def auto_strength(steering, ratio: float = 1.5, *, most: float = 4.0, step: floa
         for _ in range(2):
             middle = (low + high) / 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-    steering.record["strengths"] = {str(x): r for x, r in sorted(found.items())}
-    return low
+    return low, {str(x): r for x, r in sorted(found.items())}
 
 
-def _prompts(decoder, requests: Sequence[str], session) -> tuple[engine.Prefix, list[engine.Row]]:
-    ids = [render(decoder.base.tokenizer, [{"role": "user", "content": request}]).ids for request in requests]
+def auto_strength(steering, ratio: float = RATIO, **search) -> float:
+    """`strongest` for a Steering; the ratios that were found are in `steering.record["strengths"]`, {strength: ratio}."""
+    base = steering.decoder.base
+    strength, found = strongest(steering.decoder, lambda x: partial(base.decoding, (steering.adapter, x)), ratio, **search)
+    steering.record["strengths"] = found
+    return strength
+
+
+def _prompts(decoder, requests: Sequence[str], session, system: str | None = None) -> tuple[engine.Prefix, list[engine.Row]]:
+    front = [] if system is None else [{"role": "system", "content": system}]
+    ids = [render(decoder.base.tokenizer, [*front, {"role": "user", "content": request}]).ids for request in requests]
     common, suffixes = engine.common_prefix(ids)
     with session() as model:
         prefix = engine.prefill(model, [common])
