@@ -114,11 +114,12 @@ def make(
     base, control = decoder.base, check_text(decoder.base.tokenizer, control.strip(), "The control")
     if name in ("unsteered", "system_prompt"):
         return Method(name, 0.0, 0, control if name == "system_prompt" else None, base.decoding)
-    given = Settings.of(decoder, **{"seed": seed} | settings)
+    settings["seed"] = seed
+    given = Settings.of(decoder, **settings)
     if examples is not None:
         if not isinstance(examples, int) or examples < given.batch:
             raise LqaError(f"The examples must be an integer of at least the batch's {given.batch}, not {examples!r}.")
-        given = Settings.of(decoder, **settings | {"seed": seed, "steps": examples // given.batch})
+        given = Settings.of(decoder, **settings | {"steps": examples // given.batch})
     asked = {
         "name": name,
         "control": control,
@@ -132,7 +133,7 @@ def make(
     folder = None if folder is None else Path(folder, name)
     if folder is not None and (folder / RECORD).is_file():
         record = _record(folder / RECORD, asked)
-        made = caa.Addition.load(base, folder) if name == "caa" else Lora(base, base.add_adapter(folder))
+        made = caa.Addition.load(base, asked["layer"], folder) if name == "caa" else Lora(base, base.add_adapter(folder))
     else:
         made, record = _made(name, decoder, control, given, asked)
         if folder is not None:

@@ -30,12 +30,14 @@ def write_replies(
     session  of the model that replies (see lqa.engine); None: the bare model
     system   a system prompt in front of every request
     choose   see engine.decode; greedy if None
+
+    Raises LqaError if a request with its reply exceeds the context.
     """
     session, tokenizer = session or decoder.base.decoding, decoder.base.tokenizer
     stop = [i for i in [tokenizer.eos_token_id, *decoder.config.prompt.stop_ids(tokenizer)] if i is not None]
     replies: list[list[int]] = [[] for _ in requests]
     for first in range(0, len(requests), ROWS):
-        prefix, rows = _prompts(decoder, requests[first : first + ROWS], session, system)
+        prefix, rows = _prompts(decoder, requests[first : first + ROWS], session, system, new_tokens)
         for steps in engine.decode(session, prefix, rows, new_tokens, stop, choose):
             for row, token, _ in steps:
                 replies[first + row].append(token)
@@ -120,9 +122,10 @@ def auto_strength(steering, ratio: float = RATIO, **search) -> float:
     return strength
 
 
-def _prompts(decoder, requests: Sequence[str], session, system: str | None = None) -> tuple[engine.Prefix, list[engine.Row]]:
+def _prompts(decoder, requests: Sequence[str], session, system: str | None = None, new: int = 0) -> tuple[engine.Prefix, list[engine.Row]]:
     front = [] if system is None else [{"role": "system", "content": system}]
     ids = [render(decoder.base.tokenizer, [*front, {"role": "user", "content": request}]).ids for request in requests]
+    decoder.check_room(max(map(len, ids)), new)
     common, suffixes = engine.common_prefix(ids)
     with session() as model:
         prefix = engine.prefill(model, [common])

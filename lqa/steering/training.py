@@ -63,6 +63,14 @@ class Settings:
     autocast: bool = True
     seed: int = 0
 
+    @classmethod
+    def of(cls, decoder, **values) -> Settings:
+        """Settings for `decoder`.  Raises LqaError for one that is unknown or not possible."""
+        try:
+            return cls(**values).check(decoder)
+        except TypeError as error:
+            raise LqaError(f"Unknown setting: {error}; the settings are {', '.join(cls.__dataclass_fields__)}.") from error
+
     def check(self, decoder) -> Settings:
         if self.method not in METHODS:
             raise LqaError(f"The method {self.method!r} is unknown; supported are {', '.join(METHODS)}.")
@@ -126,10 +134,9 @@ def steer(
     """
     if (control is None) == (qa is None):
         raise LqaError("Give either a control text or question-answer pairs, and not both.")
-    try:
-        config = Settings(**settings).check(decoder)
-    except TypeError as error:
-        raise LqaError(f"Unknown setting: {error}; the settings are {', '.join(Settings.__dataclass_fields__)}.") from error
+    if decoder.config.reads_text:
+        raise LqaError("This decoder reads the visible text and no activations, so nothing can be steered through it; name another decoder.")
+    config = Settings.of(decoder, **settings)
     begun = time.perf_counter()
     try:
         pairs = check_pairs(qa) if control is None else write_pairs(decoder, control)
@@ -138,14 +145,7 @@ def steer(
         training = Training(decoder, pairs, config, control)
     except (MemoryError, RuntimeError) as error:
         raise _short_of_memory(error) from error
-    try:
-        history = training.run(progress, cancel)
-        training.round()
-    except BaseException as error:
-        decoder.base.remove_adapter(training.name)
-        if isinstance(error, MemoryError | RuntimeError):
-            raise _short_of_memory(error) from error
-        raise
+    history = training.train(progress, cancel)
     record = {
         "control": control,
         "qa": [list(pair) for pair in pairs],
@@ -164,43 +164,46 @@ def steer(
 def _short_of_memory(error: BaseException) -> BaseException:
     """What to raise for `error`: a sentence if memory ran out, else itself."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return LqaError("Memory ran out while steering; the model is as it was. Use fewer or shorter pairs, or free memory.")
+        return LqaError("Memory ran out while training; the model is as it was. Use fewer or shorter pairs, or free memory.")
     return error
 
 
-class Training:
-    """One training: `name` of the adapter on the base, `layers` that are read, held-out loss of the `best` state so far, and the held-out
-    control loss that is `enough`.
+class Loop:
+    """The loop of a LoRA's training on the target; a kind of training says in `backward` and `evaluate` what is learnt.
 
-    `backward` is one chat's share of a step; everything else is the loop around it.
+    `name` of the adapter on the `base`; `chats` that are visited and `held_out` ones; held-out loss of the `best` state so far, and the
+    held-out loss that is `enough`.
     """
 
-    def __init__(self, decoder, qa: Sequence[tuple[str, str]], settings: Settings, control: str | None = None):
-        self.decoder, self.base, self.settings = decoder, decoder.base, settings
-        self.layers = settings.read_layers(decoder)
-        hidden = decoder.config.conditioning == "contrast" if settings.hidden is None else settings.hidden
-        self.loss = ControlLoss(decoder, qa, hidden, settings.autocast)
-        neutral, draw = load_neutral(), random.Random(settings.seed)
-        self.chats = [Neutral.of(self.base, request, settings.span) for request in draw.sample(neutral["train"], settings.chats)]
-        self.held_out = [Neutral.of(self.base, request, settings.span) for request in neutral["held_out"][: settings.held_out]]
-        self.best, self.enough = float("inf"), float("-inf")
-        if settings.certainty is not None:
-            self.enough = self._enough(control or " ".join(answer for _, answer in qa))
-        self.name = self.base.new_adapter(lora_config(self.base, max(self.layers), settings.rank))
-        generator = torch.Generator().manual_seed(settings.seed)  # PEFT draws from torch's, which other threads use too
-        with torch.no_grad():
-            for key, p in self.base.adapter_parameters(self.name).items():
-                if "lora_A" in key:
-                    p.copy_(torch.nn.init.kaiming_uniform_(torch.empty(p.shape), a=5**0.5, generator=generator))
+    best, enough = float("inf"), float("-inf")
+
+    def backward(self, chat, weight: float) -> tuple[float, float]:
+        """Adds the gradient of `weight` times the loss of one of `chats`; returns the loss and, where there is one, the KL, in nats."""
+        raise NotImplementedError
+
+    def evaluate(self) -> tuple[float, float]:
+        """The mean of both over the held-out chats, in nats."""
+        raise NotImplementedError
+
+    def train(self, progress=None, cancel=None) -> list[Progress]:
+        """`run`, the result rounded to what is saved.  Whatever is raised, the adapter is gone then."""
+        try:
+            history = self.run(progress, cancel)
+            self.round()
+        except BaseException as error:
+            self.base.remove_adapter(self.name)
+            if isinstance(error, MemoryError | RuntimeError):
+                raise _short_of_memory(error) from error
+            raise
+        return history
 
     def run(self, progress=None, cancel=None) -> list[Progress]:
         """Trains to the end, or to where held-out chats stop improving, and leaves the best state in the adapter."""
         settings, history, since = self.settings, [], 0
         order = random.Random(settings.seed)
-        queue: list[Neutral] = []
+        queue: list = []
         begun = time.perf_counter()
         with self.base.training(self.name) as parameters:
-            self.groups = self._groups(parameters)
             optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
             best = None
             for step in range(1, settings.steps + 1):
@@ -239,6 +242,29 @@ class Training:
                 for key, p in parameters.items():
                     p.copy_(best[key])
         return history
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Rounds the weights to what is saved, so that a steering is the same before and after."""
+        for p in self.base.adapter_parameters(self.name).values():
+            p.copy_(p.half())
+
+
+class Training(Loop):
+    """The training of a steering; `layers` are those that are read."""
+
+    def __init__(self, decoder, qa: Sequence[tuple[str, str]], settings: Settings, control: str | None = None):
+        self.decoder, self.base, self.settings = decoder, decoder.base, settings
+        self.layers = settings.read_layers(decoder)
+        hidden = decoder.config.conditioning == "contrast" if settings.hidden is None else settings.hidden
+        self.loss = ControlLoss(decoder, qa, hidden, settings.autocast)
+        neutral, draw = load_neutral(), random.Random(settings.seed)
+        self.chats = [Neutral.of(self.base, request, settings.span) for request in draw.sample(neutral["train"], settings.chats)]
+        self.held_out = [Neutral.of(self.base, request, settings.span) for request in neutral["held_out"][: settings.held_out]]
+        if settings.certainty is not None:
+            self.enough = self._enough(control or " ".join(answer for _, answer in qa))
+        self.name = new_lora(self.base, max(self.layers), settings)
+        self.groups = self._groups(self.base.adapter_parameters(self.name))
 
     def backward(self, chat: Neutral, weight: float) -> tuple[float, float]:
         """Adds the gradient of `weight` times the loss of one chat; returns its control loss and KL in nats.
@@ -293,12 +319,6 @@ class Training:
                 start += self.loss.of_reading(chat.h0[k], chat, k).item() / len(self.layers) / len(self.held_out)
         return start - self.settings.certainty * (start - loss) if loss < start else float("-inf")
 
-    @torch.no_grad()
-    def round(self) -> None:
-        """Rounds the weights to what is saved, so that a steering is the same before and after."""
-        for p in self.base.adapter_parameters(self.name).values():
-            p.copy_(p.half())
-
     def _groups(self, parameters: dict[str, Tensor]) -> dict[int, list[Tensor]]:
         """{read layer: the adapter's parameters of the blocks after the read layer before it}."""
         trained = {id(p) for p in parameters.values()}
@@ -307,6 +327,17 @@ class Training:
             groups[k] = [p for block in self.base.blocks[first : k + 1] for p in block.parameters() if id(p) in trained]
             first = k + 1
         return groups
+
+
+def new_lora(base, deepest: int, settings: Settings) -> str:
+    """A fresh LoRA on the blocks 0 to `deepest`, drawn with the settings' seed; the name of the adapter."""
+    name = base.new_adapter(lora_config(base, deepest, settings.rank))
+    generator = torch.Generator().manual_seed(settings.seed)  # PEFT draws from torch's, which other threads use too
+    with torch.no_grad():
+        for key, p in base.adapter_parameters(name).items():
+            if "lora_A" in key:
+                p.copy_(torch.nn.init.kaiming_uniform_(torch.empty(p.shape), a=5**0.5, generator=generator))
+    return name
 
 
 def lora_config(base, deepest: int, rank: int):
