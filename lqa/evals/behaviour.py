@@ -20,10 +20,9 @@ def score(scorer: dict, replies: Sequence[str]) -> list[float]:
     settings = {key: value for key, value in scorer.items() if key != "kind"}
     if scorer["kind"] == "nearer":
         return nearer(replies, **settings)
-    rules = {"words": words, "capitals": capitals, "sentences": sentences, "last": last, "lines": lines, "brief": brief, "language": language}
-    if scorer["kind"] not in rules:
+    rules = {rule.__name__: rule for rule in (words, capitals, sentences, last, lines, brief, language)}
+    if (rule := rules.get(scorer["kind"])) is None:
         raise LqaError(f"The scorer {scorer['kind']!r} is unknown; use {', '.join([*rules, 'nearer'])}.")
-    rule = rules[scorer["kind"]]
     return [float(bool(reply.strip()) and rule(reply, **settings)) for reply in replies]
 
 

@@ -83,8 +83,9 @@ def run(job: Job) -> Result:
     entries, total = [], len(behaviours) * len(job.methods)
     for n, b in enumerate(behaviours):
         for m, name in enumerate(job.methods):
-            # Methods that are made know nothing of the requests; what is unsteered knows nothing of the control.
-            key = f"{b.id}/{name}" if name != "unsteered" else f"unsteered/{hashlib.sha256(repr(b.requests).encode()).hexdigest()[:12]}"
+            key = f"{b.id}/{name}" + "/strengths" * (job.sweep and name == "steering")
+            if name == "unsteered":  # the same for all controls with the same requests
+                key = f"{name}/{hashlib.sha256(repr(b.requests).encode()).hexdigest()[:12]}"
             made = job.once(key, partial(_measure, job, b, name))
             entries += [entry(b, row, found) for row, found in made.items()]
             job.progress(n * len(job.methods) + m + 1, total)
@@ -233,7 +234,7 @@ def tables(entries: Sequence[dict], found: dict | None = None) -> dict[str, Tabl
     )
     by_control = f"{some} sampled replies each, clustered by request."
     result = {"summary": Table("Behaviour and fluency, mean over the controls", columns, summary, note)}
-    for name, unit, title in (("behaviour", "%", "Share of replies that show the behaviour"), ("ratio", "", "Perplexity ratio of the replies")):
+    for name, unit, title in (("behaviour", "%", "Share of replies that show the behaviour"), ("ratio", "", "Perplexity ratio")):
         lines = {i: [own[row][name] for row in rows] for i, own in found.items()}
         result[name] = Table(f"{title}, by control", {row: unit for row in rows}, lines, by_control)
     return result

@@ -48,8 +48,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, as numbers.  `kind`: "lines" (series: label -> {"x", "y", optional "low", "high"}) or "matrix" (series: "" -> {"x": column
-    names, "y": row names, "values": rows})."""
+    """A picture, as numbers.  `kind`: "lines" or "points" (series: label -> {"x", "y", optional "low", "high"}), or "matrix" (series: "" ->
+    {"x": column names, "y": row names, "values": rows})."""
 
     name: str  # of its file
     title: str
