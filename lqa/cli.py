@@ -150,7 +150,7 @@ def evaluate(options) -> None:
         written = runner.write_tables(rest, options.decoder, options.out or "README.md")
         return print("\n".join(written))
     if (options.endpoint is None) != (options.judge is None):
-        raise LqaError("Give --endpoint URL and --judge MODEL together: that model behind that endpoint judges the answers of open.")
+        raise LqaError("Give --endpoint URL and --judge MODEL together: that model behind that endpoint judges the answers.")
     if first == "judge":
         if len(rest) != 1 or options.judge is None:
             raise LqaError("Name one results folder and a judge: `python -m lqa eval judge DIR --endpoint URL --judge MODEL`.")
@@ -158,8 +158,11 @@ def evaluate(options) -> None:
         return runner.print_report(rest)
     if options.out is None:
         raise LqaError("Name a folder for the results with --out DIR.")
-    if options.judge is not None and "open" not in options.suites:
-        raise LqaError("--judge judges the answers of the suite open; name it among the suites.")
+    if options.judge is not None:
+        from lqa.evals.judge import JUDGED
+
+        if not set(JUDGED) & set(options.suites):
+            raise LqaError(f"--judge judges the answers of a suite of {', '.join(JUDGED)}; name it among the suites.")
     runner.run(
         options.suites,
         options.out,
@@ -339,7 +342,11 @@ def parser() -> argparse.ArgumentParser:
     text = "suites of steering: the budget of each trained method in gradient examples (default: a steering's own)"
     sub.add_argument("--examples", type=int, metavar="N", help=text)
     sub.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1, for --judge")
-    sub.add_argument("--judge", metavar="MODEL", help="a model there that judges the answers of open; its key: OPENAI_API_KEY")
+    sub.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help="a model there that judges the answers of open, the replies of steer-persona and generalise; its key: OPENAI_API_KEY",
+    )
     sub.add_argument("--out", metavar="DIR", help="where to write the results; killed, the same command goes on there")
 
     data = commands.add_parser("data", help="Make, import, check and publish the QA corpus.", description="The QA corpus.")

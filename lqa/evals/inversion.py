@@ -27,7 +27,6 @@ from contextlib import nullcontext
 from functools import partial
 
 from lqa.conditioning import REFERENCED
-from lqa.errors import LqaError
 from lqa.evals import methods, sensitivity
 from lqa.evals.answers import score_text_only
 from lqa.evals.steer_persona import FILE, Behaviour, load
@@ -104,8 +103,6 @@ def _measure(job: Job, pair: Sequence[Behaviour], messages: Sequence[str], name:
 
 def _read(job: Job, method: methods.Method, text: str, hidden: bool):
     """The reading of the user's message by the model that `method` has made."""
-    if method.adapter is None and method.name not in ("unsteered", "system_prompt"):
-        raise LqaError(f"The method {method.name} is no LoRA and no system prompt; its model's activations cannot be read.")
     system = [] if method.system is None else [{"role": "system", "content": method.system}]
     chat = [*system, {"role": "user", "content": text}]
     steered = nullcontext() if method.adapter is None else job.decoder.base.steering(method.adapter, method.record["strength"], hidden)

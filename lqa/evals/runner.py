@@ -180,7 +180,7 @@ def _compared(names: Sequence[str]) -> list[str]:
 
 
 def judge(folder: str | Path, data_folder: str | None, url: str, model: str) -> None:
-    """Has a model judge the answers of `open` in a results folder (lqa.evals.judge)."""
+    """Has a model judge the answers and replies in a results folder (lqa.evals.judge)."""
     from lqa.evals.judge import judge_folder
 
     judge_folder(folder, data_folder, url=url, model=model)
