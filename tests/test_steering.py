@@ -2,6 +2,7 @@
 
 import json
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -524,6 +525,12 @@ def test_bad_input_is_a_sentence(tiny_decoder, arguments, message):
     assert same(before, state(decoder.base))
 
 
+def test_a_decoder_of_visible_text_steers_nothing(tiny_decoder):
+    decoder = tiny_decoder(injection="visible_text", injection_constant=None)
+    with pytest.raises(LqaError, match="no activations"):
+        decoder.steer(control="Speak like a pirate.")
+
+
 def test_the_decoder_writes_pairs_that_beat_their_references(tiny_decoder, monkeypatch):
     decoder = tiny_decoder()
     control = "Speak like a pirate."
@@ -560,7 +567,7 @@ def test_neutral_chats_are_many_and_nobody_elses(tiny):
 def test_perplexity_is_of_the_replies_under_the_unsteered_model(steered):
     decoder, one, _ = steered
     asked = steering.load_neutral()["held_out"][:3]
-    replies = write_replies(decoder, asked, [(one.adapter, 1.0)], 6)
+    replies = write_replies(decoder, asked, partial(decoder.base.decoding, one.adapter), 6)
     for request, reply in zip(asked, replies, strict=True):
         with one.apply():
             assert decoder.base.tokenizer.decode(reply, skip_special_tokens=True).strip() == decoder.generate(

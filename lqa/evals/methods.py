@@ -25,6 +25,7 @@ import torch
 from lqa.chat import check_text
 from lqa.errors import LqaError
 from lqa.evals.baselines import caa, imitation
+from lqa.evals.runner import decoder_digest
 from lqa.journal import write_whole
 from lqa.models import Base
 from lqa.provenance import code_version
@@ -44,6 +45,7 @@ class Method:
     system    a system prompt to put in front of every chat, or None
     session   as Base.decoding: yields the model as it behaves, for engine.prefill, decode and score
     record    how it was made: what was asked for, strength, ratios ({strength: perplexity ratio}), parts of the seconds
+    remove    takes what it put into the model, if anything, out again; the session is of no use after that
     """
 
     name: str
@@ -52,13 +54,7 @@ class Method:
     system: str | None
     session: Callable[[], AbstractContextManager]
     record: dict = field(default_factory=dict)
-    adapter: str | None = None
-    base: Base | None = None
-
-    def remove(self) -> None:
-        """Takes its LoRA, where it has one, out of the model; its session is then of no use any more."""
-        if self.adapter is not None:
-            self.base.remove_adapter(self.adapter)
+    remove: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,9 @@ class Lora:
 
     def save(self, folder: Path) -> None:
         self.base.save_adapter(self.adapter, folder, torch.float16)
+
+    def remove(self) -> None:
+        self.base.remove_adapter(self.adapter)
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def make(
         "name": name,
         "control": control,
         "base": {"name": base.name, "fingerprint": base.fingerprint()},
-        "decoder": Path(decoder.name).name if name == "steering" else None,
+        "decoder": decoder_digest(decoder) if name == "steering" else None,
         "settings": asdict(given),
         "ratio": ratio,
         "layer": caa.check_layer(base, layer) if name == "caa" else None,
@@ -141,10 +140,10 @@ def make(
                 folder.mkdir(parents=True, exist_ok=True)
                 made.save(folder)
             except OSError as error:
+                made.remove()
                 raise LqaError(f"The method {name} cannot be written to {folder}: {error}.") from error
             write_whole(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")  # last: it says that the rest is there
-    adapter = getattr(made, "adapter", None)
-    return Method(name, record["seconds"], record["examples"], None, made.session(record["strength"]), record, adapter, base)
+    return Method(name, record["seconds"], record["examples"], None, made.session(record["strength"]), record, made.remove)
 
 
 def _made(name: str, decoder, control: str, settings: Settings, asked: dict):
@@ -163,8 +162,7 @@ def _made(name: str, decoder, control: str, settings: Settings, asked: dict):
     try:
         strength, ratios = strongest(decoder, made.session, asked["ratio"])
     except BaseException:
-        if name != "caa":
-            base.remove_adapter(made.adapter)
+        made.remove()
         raise
     seconds = time.perf_counter() - begun
     record = {"asked": asked, **parts, "strength": strength, "ratios": ratios, "seconds": seconds, "making": trained}
@@ -175,9 +173,9 @@ def _record(path: Path, asked: dict) -> dict:
     """The record in `path`.  Raises LqaError if it is damaged, or of something else than what is asked for."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        was = record["asked"]
+        was = dict(record["asked"])
         record["strength"], record["seconds"], record["examples"]  # noqa: B018
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise LqaError(f"{path} is damaged ({type(error).__name__}: {error}); remove its folder, and it is made again.") from error
     if was != asked:
         other = ", ".join(key for key in asked if was.get(key) != asked[key])

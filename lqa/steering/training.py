@@ -135,7 +135,7 @@ def steer(
     if (control is None) == (qa is None):
         raise LqaError("Give either a control text or question-answer pairs, and not both.")
     if decoder.config.reads_text:
-        raise LqaError("This decoder reads the visible text and no activations, so nothing can be steered through it; name another decoder.")
+        raise LqaError("This decoder reads the visible text and no activations, so nothing is steered through it; name another decoder.")
     config = Settings.of(decoder, **settings)
     begun = time.perf_counter()
     try:

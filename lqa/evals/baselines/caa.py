@@ -76,6 +76,9 @@ class Addition:
     def save(self, folder: Path) -> None:
         save_file({"vector": self.vector.cpu().contiguous()}, folder / FILE)
 
+    def remove(self) -> None:
+        """There is nothing to take out: outside of a session no trace of it is in the model."""
+
     @classmethod
     def load(cls, base: Base, layer: int, folder: Path) -> Addition:
         """Raises LqaError if the file in `folder` is absent, damaged, or made for another width."""
@@ -84,7 +87,7 @@ class Addition:
         except (OSError, SafetensorError, KeyError) as error:
             raise LqaError(f"{folder / FILE} cannot be read ({error}); remove its folder, and it is made again.") from error
         if vector.shape != (base.hidden_size,):
-            raise LqaError(f"{folder / FILE} holds a vector of the shape {tuple(vector.shape)}, but {base.name} is {base.hidden_size} wide.")
+            raise LqaError(f"{folder / FILE} has the shape {tuple(vector.shape)}, but {base.name} is {base.hidden_size} wide.")
         return cls(base, layer, vector.to(base.device))
 
 
