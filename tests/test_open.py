@@ -210,7 +210,7 @@ def test_saved_replies_are_judged_for_their_control(endpoint, tmp_path, capsys):
     result = asdict(Result({"name": "test", "sha256": "0"}, steer_persona.tables(entries), entries))
     about = {"decoder": {"name": "tiny"}, "code": "test", "command": "python -m lqa eval steer-persona --out OUT", "seconds": 1}
     (tmp_path / "steer-persona.json").write_text(runner.report.dump({"provenance": about} | result))
-    url, prompts = endpoint(lambda prompt: '{"reason": "r", "score": %d}' % (2 if "Cats say" in prompt else 0))
+    url, prompts = endpoint(lambda prompt: json.dumps({"reason": "r", "score": 2 if "Cats say" in prompt else 0}))
     assert main(["eval", "judge", str(tmp_path), "--endpoint", url, "--judge", "m"]) == 0
     assert "| judge |" in capsys.readouterr().out and len(prompts) == 4 and all("Mention cats." in p for p in prompts)
     written = json.loads((tmp_path / "steer-persona.json").read_text())

@@ -9,6 +9,7 @@ replies sampled with the seed to each, and a greedy one.  For every control and 
     ratio             perplexity of the sampled replies under the unsteered model, per token, over that of the unsteered replies
     distinct-2        share of a reply's pairs of words that are no repetition
     tokens            length of a reply, of at most NEW_TOKENS
+    judge             what a language model says of the sampled replies, where one was asked (lqa.evals.judge)
     seconds, examples what making the method took (0: nothing is made)
     apart             the interval of the behaviour lies above the unsteered model's, at a ratio of at most RATIO
 
@@ -42,8 +43,8 @@ NEW_TOKENS = 48
 TEMPERATURE = 0.7
 DRAWS = 2
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
-COLUMNS = {"apart": "%", "behaviour": "%", "difference": "%", "greedy": "%", "ratio": "", "distinct-2": "%", "tokens": ""}
-COSTS = {"seconds": "", "examples": ""}
+COLUMNS = {"apart": "%", "behaviour": "%", "difference": "%", "greedy": "%", "judge": "%", "ratio": "", "distinct-2": "%", "tokens": ""}
+COLUMNS |= {"seconds": "", "examples": ""}
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,10 @@ def load(suite: str) -> list[Behaviour]:
     return [Behaviour(**entry | {"requests": tuple(entry.get("requests", data["requests"]))}) for entry in data[suite]]
 
 
-def limited(job: Job, behaviours: Sequence[Behaviour], requests: int | None = None) -> list[Behaviour]:
-    """What the job's limit leaves of `behaviours`, each with its first `requests` (None: all): see the module."""
-    behaviours = [replace(b, requests=b.requests[:requests]) for b in behaviours]
+def limited(job: Job, behaviours: Sequence[Behaviour]) -> list[Behaviour]:
+    """What the job's limit leaves of `behaviours` and their requests: see the module."""
     if job.limit is None:
-        return behaviours
+        return list(behaviours)
     count = max(1, job.limit // len(behaviours[0].requests))
     few = random.Random(job.seed).sample(behaviours, min(count, len(behaviours)))
     return [replace(b, requests=b.requests[: job.limit]) for b in few]
@@ -177,7 +177,7 @@ def perplexity_ratio(own: Sequence[dict], plain: Sequence[dict]) -> Cell:
 
 
 def figures(own: Sequence[dict], plain: Sequence[dict]) -> dict[str, Cell]:
-    """The cells of COLUMNS for the replies of a method, against the unsteered model's to the same requests."""
+    """The cells for the replies of a method, against the unsteered model's to the same requests."""
     score = partial(by_request, value=lambda r: r["score"])
     ratio = perplexity_ratio(own, plain)
     shown, unsteered = cell(score(own)), cell(score(plain))
@@ -195,14 +195,14 @@ def figures(own: Sequence[dict], plain: Sequence[dict]) -> dict[str, Cell]:
 
 
 def all_figures(entries: Sequence[dict]) -> dict[str, dict[str, dict[str, Cell]]]:
-    """{control id: {method: figures}}; where replies have been judged, with a column `judge`."""
+    """{control id: {method: its cells, named as in COLUMNS}}."""
     plain = {e["id"]: e["replies"] for e in entries if e["method"] == "unsteered"}
     found: dict[str, dict[str, dict[str, Cell]]] = {}
     for e in entries:
         cells = figures(e["replies"], plain[e["id"]])
-        judged = [r for r in e["replies"] if not r["greedy"] and r.get("judge") is not None]
-        if judged:
+        if judged := [r for r in e["replies"] if r.get("judge") is not None]:
             cells["judge"] = cell(by_request(judged, lambda r: r["judge"]))
+        cells |= {cost: Cell(*[e["made"][cost]] * 3, n=1) for cost in ("seconds", "examples")}
         found.setdefault(e["id"], {})[e["method"]] = cells
     return found
 
@@ -211,22 +211,14 @@ def tables(entries: Sequence[dict], found: dict | None = None) -> dict[str, Tabl
     """`summary`: every method over the controls; `behaviour` and `ratio`: every control by method."""
     found = found or all_figures(entries)
     rows = list(dict.fromkeys(e["method"] for e in entries))
-    judged = any("judge" in cells for own in found.values() for cells in own.values())
-    columns = COLUMNS | ({"judge": "%"} if judged else {}) | COSTS
+    columns = {name: unit for name, unit in COLUMNS.items() if any(name in cells for own in found.values() for cells in own.values())}
     summary: dict[str, list[Cell | None]] = {}
     for row in rows:
-        own = [cells[row] for cells in found.values()]
-        made = [e["made"] for e in entries if e["method"] == row]
-        summary[row] = []
-        for column in columns:
-            if column in COSTS:
-                values = [made_one[column] for made_one in made]
-            else:
-                values = [math.log(c[column].mean) if column == "ratio" else c[column].mean for c in own if column in c]
-            over = cell([[v] for v in values]) if values else None
-            if over is not None and column == "ratio":  # the geometric mean
-                over = Cell(*map(math.exp, (over.mean, over.low, over.high)), n=over.n)
-            summary[row].append(over)
+        means = {name: [own[row][name].mean for own in found.values() if name in own[row]] for name in columns}
+        over = {name: cell([[v] for v in values]) if values else None for name, values in means.items()}
+        logs = cell([[math.log(v)] for v in means["ratio"]])
+        over["ratio"] = Cell(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.n)  # the geometric mean
+        summary[row] = list(over.values())
     some = next(iter(found.values()))["unsteered"]["behaviour"].n
     note = (
         f"apart: the interval lies above the unsteered model's, at a perplexity ratio of at most {RATIO}. "
