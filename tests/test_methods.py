@@ -230,10 +230,9 @@ def test_budget_and_lora_are_the_same_for_all(tiny_decoder):
         made = methods.make(name, decoder, CONTROL, examples=6, **FAST | never)
         assert made.examples == 6
         if name != "caa":
-            adapter = made.session.args[0][0] if made.record["strength"] else None
-            shapes[name] = adapter and {key.replace(adapter, ""): p.shape for key, p in decoder.base.adapter_parameters(adapter).items()}
-    kept = [s for s in shapes.values() if s]
-    assert kept and all(s == kept[0] for s in kept)
+            parameters = decoder.base.adapter_parameters(made.adapter)
+            shapes[name] = {key.replace(made.adapter, ""): p.shape for key, p in parameters.items()}
+    assert shapes["sft"] == shapes["dpo"] == shapes["steering"] != {}
 
 
 def test_what_needs_no_making(tiny_decoder):

@@ -45,6 +45,7 @@ class Method:
     system    a system prompt to put in front of every chat, or None
     session   as Base.decoding: yields the model as it behaves, for engine.prefill, decode and score
     record    how it was made: what was asked for, strength, ratios ({strength: perplexity ratio}), parts of the seconds
+    adapter   its LoRA on the base, to be applied at other strengths or read (Base.decoding, Base.steering); None: it has none
     remove    takes what it put into the model, if anything, out again; the session is of no use after that
     """
 
@@ -54,6 +55,7 @@ class Method:
     system: str | None
     session: Callable[[], AbstractContextManager]
     record: dict = field(default_factory=dict)
+    adapter: str | None = None
     remove: Callable[[], None] = lambda: None
 
 
@@ -143,7 +145,8 @@ def make(
                 made.remove()
                 raise LqaError(f"The method {name} cannot be written to {folder}: {error}.") from error
             write_whole(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")  # last: it says that the rest is there
-    return Method(name, record["seconds"], record["examples"], None, made.session(record["strength"]), record, made.remove)
+    session, adapter = made.session(record["strength"]), getattr(made, "adapter", None)
+    return Method(name, record["seconds"], record["examples"], None, session, record, adapter, made.remove)
 
 
 def _made(name: str, decoder, control: str, settings: Settings, asked: dict):
