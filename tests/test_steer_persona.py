@@ -1,6 +1,7 @@
 """The suites `steer-persona`, `generalise` and `steer-curve`: figures by hand, and runs on a tiny decoder."""
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -20,23 +21,16 @@ BEHAVIOURS = [
 @pytest.fixture
 def job_for(tmp_path):
     """job_for(decoder, suite, **Job's): a job with a journal that jobs of one test share, and two steps for what is trained."""
-    opened = []
+    with ExitStack() as opened:
 
-    def build(decoder, suite, **kwargs):
-        journal = Journal(tmp_path / f"{suite}.jsonl", {}).__enter__()
-        opened.append(journal)
-        given = {
-            "data": None,
-            "limit": None,
-            "methods": ["unsteered", "system_prompt", "steering"],
-            "examples": 4,
-            "kept": tmp_path / "made",
-        }
-        return Job(suite, decoder, journal, **given | kwargs)
+        def build(decoder, suite, **kwargs):
+            opened.close()  # that of the job before
+            journal = opened.enter_context(Journal(tmp_path / f"{suite}.jsonl", {}))
+            methods = ["unsteered", "system_prompt", "steering"]
+            given = {"data": None, "limit": None, "methods": methods, "examples": 4, "kept": tmp_path / "made"}
+            return Job(suite, decoder, journal, **given | kwargs)
 
-    yield build
-    for journal in opened:
-        journal.__exit__()
+        yield build
 
 
 @pytest.fixture
