@@ -57,6 +57,7 @@ def test_figures_of_a_method_by_hand():
     assert found["behaviour"].mean == 7 / 8 and found["behaviour"].n == 8 and found["greedy"].n == 4 and found["greedy"].mean == 1
     assert found["difference"].mean == pytest.approx(6 / 8) and found["tokens"].mean == 4 and found["distinct-2"].mean == 1
     assert found["ratio"].mean == pytest.approx(math.exp(0.5)) and found["apart"].mean == 0  # too strange: the ratio is above 1.5
+    assert found["perplexity"].mean == pytest.approx(math.exp(2)) == found["perplexity"].low and found["perplexity"].n == 8
     assert figures(replies([1] * 8, -1.6), plain)["apart"].mean == 1
     assert figures(replies([0, 0, 1, 1] * 2, -1.6), plain)["apart"].mean == 0  # the intervals overlap
     assert figures(plain, plain)["ratio"].mean == 1 and figures(plain, plain)["difference"].low == 0

@@ -6,7 +6,8 @@ replies sampled with the seed to each, and a greedy one.  For every control and 
     behaviour         share of the sampled replies that show it, by a scorer that is no decoder (lqa.evals.behaviour); clustered by request
     difference        to the unsteered model's, request by request
     greedy            the same share of the greedy replies
-    ratio             perplexity of the sampled replies under the unsteered model, per token, over that of the unsteered replies
+    perplexity        of the sampled replies under the unsteered model, per token
+    ratio             the same over that of the unsteered model's own replies
     distinct-2        share of a reply's pairs of words that are no repetition
     tokens            length of a reply, of at most NEW_TOKENS
     judge             what a language model says of the sampled replies, where one was asked (lqa.evals.judge)
@@ -29,12 +30,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lqa import engine
 from lqa.evals import behaviour, embedding, methods
-from lqa.evals.statistics import bootstrap_of
+from lqa.evals.statistics import bootstrap, bootstrap_of
 from lqa.evals.suite import Cell, Job, Plot, Result, Table, cell
 from lqa.steering.strength import RATIO, logprobs, write_replies
 
@@ -43,8 +45,8 @@ NEW_TOKENS = 48
 TEMPERATURE = 0.7
 DRAWS = 2
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
-COLUMNS = {"apart": "%", "behaviour": "%", "difference": "%", "greedy": "%", "judge": "%", "ratio": "", "distinct-2": "%", "tokens": ""}
-COLUMNS |= {"seconds": "", "examples": ""}
+COLUMNS = {"apart": "%", "behaviour": "%", "difference": "%", "greedy": "%", "judge": "%"}
+COLUMNS |= {"perplexity": "", "ratio": "", "distinct-2": "%", "tokens": "", "seconds": "", "examples": ""}
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,20 @@ def entry(b: Behaviour, row: str, found: dict) -> dict:
 # --- what is reported ----------------------------------------------------------------------------------------------
 
 
-def by_request(replies: Sequence[dict], value: Callable[[dict], float], greedy: bool = False) -> list[list[float]]:
+def by_request(replies: Sequence[dict], value: Callable[[dict], Any], greedy: bool = False) -> list[list]:
     """The values of the sampled (or greedy) replies, a list for every request."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list] = {}
     for reply in replies:
         if reply["greedy"] == greedy:
             found.setdefault(reply["request"], []).append(value(reply))
     return list(found.values())
+
+
+def perplexity(replies: Sequence[dict]) -> Cell:
+    """exp of the mean negative log-probability of the sampled replies' tokens."""
+    losses = by_request(replies, lambda r: [-r["logprob"]] * r["tokens"])
+    over = bootstrap([[loss for reply in request for loss in reply] for request in losses], resamples=2000)
+    return Cell(*map(math.exp, over), n=sum(map(len, losses)))
 
 
 def perplexity_ratio(own: Sequence[dict], plain: Sequence[dict]) -> Cell:
@@ -188,6 +197,7 @@ def figures(own: Sequence[dict], plain: Sequence[dict]) -> dict[str, Cell]:
         "behaviour": shown,
         "difference": cell(differences),
         "greedy": cell(score(own, greedy=True)),
+        "perplexity": perplexity(own),
         "ratio": ratio,
         "distinct-2": cell(by_request(own, lambda r: behaviour.distinct(r["text"]))),
         "tokens": cell(by_request(own, lambda r: float(r["tokens"]))),
@@ -216,8 +226,9 @@ def tables(entries: Sequence[dict], found: dict | None = None) -> dict[str, Tabl
     for row in rows:
         means = {name: [own[row][name].mean for own in found.values() if name in own[row]] for name in columns}
         over = {name: cell([[v] for v in values]) if values else None for name, values in means.items()}
-        logs = cell([[math.log(v)] for v in means["ratio"]])
-        over["ratio"] = Cell(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.n)  # the geometric mean
+        for name in ("perplexity", "ratio"):  # geometric means
+            logs = cell([[math.log(v)] for v in means[name]])
+            over[name] = Cell(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.n)
         summary[row] = list(over.values())
     some = next(iter(found.values()))["unsteered"]["behaviour"].n
     note = (
