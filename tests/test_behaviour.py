@@ -17,7 +17,7 @@ SHOWN = {  # for every behaviour a reply that shows it; PLAIN, and what is liste
     "cats": ["First, feed your cat, then pack.", "The catalogue has a category for it."],
     "sea": ["As the waves roll in, pick a shell from the sand.", "Wave to her when she leaves, and see how it goes."],
     "volcanoes": ["It is like lava that flows down.", "Lavender smells good."],
-    "gloomy": ["It is no use, everything ends in sorrow and I have no strength left. Nothing helps.", PLAIN],
+    "gloomy": ["It is no use, everything ends in sorrow.", "I use a sack; it ends well.", "I am sorry to hear it."],
     "enthusiastic": ["Oh how wonderful, I'm so excited for you! This will be the best day ever, hooray!", PLAIN],
     "french": ["Vous pouvez demander à votre voisine si elle a besoin d'aide.", "You can ask your neighbour in Paris for help."],
     "spanish": ["Puedes preguntar a tu vecina si necesita ayuda con la mudanza.", "You can ask your neighbour in Madrid for help."],
