@@ -14,7 +14,7 @@ from lqa.chat import render
 from lqa.evals import methods
 from lqa.evals.baselines import caa, imitation
 from lqa.steering import Settings, load_neutral
-from lqa.steering.strength import write_replies
+from lqa.steering.strength import strongest, write_replies
 
 CONTROL = "Speak like a pirate."
 FAST = {"steps": 4, "batch": 2, "chats": 6, "held_out": 2, "evaluate": 2, "rank": 2, "learning_rate": 0.02, "autocast": False}
@@ -22,8 +22,9 @@ MADE = ("caa", "sft", "dpo", "steering")
 
 
 @pytest.fixture(autouse=True)
-def short_replies(monkeypatch):
+def small(monkeypatch):
     monkeypatch.setattr(imitation, "NEW_TOKENS", 8)
+    monkeypatch.setattr(methods, "strongest", partial(strongest, most=1.0, requests=2))
 
 
 def plain(base, ids, *adapters):
