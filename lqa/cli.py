@@ -159,7 +159,7 @@ def evaluate(options) -> None:
         written = runner.write_tables(rest, options.decoder, options.out or "README.md")
         return print("\n".join(written))
     if (options.endpoint is None) != (options.judge is None):
-        raise LqaError("Give --endpoint URL and --judge MODEL together: that model behind that endpoint judges the answers of open.")
+        raise LqaError("Give --endpoint URL and --judge MODEL together: that model behind that endpoint judges the answers.")
     if first == "judge":
         if len(rest) != 1 or options.judge is None:
             raise LqaError("Name one results folder and a judge: `python -m lqa eval judge DIR --endpoint URL --judge MODEL`.")
@@ -167,8 +167,11 @@ def evaluate(options) -> None:
         return runner.print_report(rest)
     if options.out is None:
         raise LqaError("Name a folder for the results with --out DIR.")
-    if options.judge is not None and "open" not in options.suites:
-        raise LqaError("--judge judges the answers of the suite open; name it among the suites.")
+    if options.judge is not None:
+        from lqa.evals.judge import JUDGED
+
+        if not set(JUDGED) & set(options.suites):
+            raise LqaError(f"--judge judges the answers of a suite of {', '.join(JUDGED)}; name it among the suites.")
     runner.run(
         options.suites,
         options.out,
@@ -179,6 +182,8 @@ def evaluate(options) -> None:
         sweep=options.sweep,
         text_only_trained=options.text_only_trained,
         rows=[row for row in options.rows.split(",") if row],
+        methods=[name for name in options.methods.split(",") if name],
+        examples=options.examples,
     )
     if options.judge is not None:
         runner.judge(options.out, options.data, options.endpoint, options.judge)
@@ -329,19 +334,29 @@ def parser() -> argparse.ArgumentParser:
         "suites",
         nargs="+",
         metavar="SUITE",
-        help="identify, open, system-prompts, relations, sensitivity, calibration; or: report DIR ...; or: judge DIR; "
+        help="of reading: identify, open, system-prompts, relations, sensitivity, calibration; of steering: steer-persona, generalise, "
+        "crows-pairs, inversion, steer-curve; or: report DIR ...; or: judge DIR; "
         "or: tables [DIR --decoder FOLDER]",
     )
     sub.add_argument("--data", metavar="DIR", help="outside evaluation data (default: the corpus's own test split)")
-    sub.add_argument("--limit", type=int, metavar="N", help="use at most N items of a suite, drawn with the seed")
+    text = "use at most N items of a suite, drawn with the seed (of steering: an item is a request under a control; of crows-pairs: a pair)"
+    sub.add_argument("--limit", type=int, metavar="N", help=text)
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of draws and samples (default: 0)")
-    sub.add_argument("--sweep", action="store_true", help="identify also by read form, span and layer")
+    sub.add_argument("--sweep", action="store_true", help="identify also by read form, span and layer; steer-persona also by strength")
     sub.add_argument("--text-only-trained", metavar="DIR", help="a decoder trained with visible_text=true, as a further reference")
     sub.add_argument(
         "--rows", default="", metavar="LIST", help="fakes as further rows of identify: random, untrained, or folders, separated by commas"
     )
+    text = "suites of steering: some of unsteered, system_prompt, caa, sft, dpo, steering, separated by commas (default: all)"
+    sub.add_argument("--methods", default="", metavar="LIST", help=text)
+    text = "suites of steering: the budget of each trained method in gradient examples (default: a steering's own)"
+    sub.add_argument("--examples", type=int, metavar="N", help=text)
     sub.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1, for --judge")
-    sub.add_argument("--judge", metavar="MODEL", help="a model there that judges the answers of open; its key: OPENAI_API_KEY")
+    sub.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help="a model there that judges the answers of open, the replies of steer-persona and generalise; its key: OPENAI_API_KEY",
+    )
     sub.add_argument("--out", metavar="DIR", help="where to write the results; killed, the same command goes on there")
 
     data = commands.add_parser("data", help="Make, import, check and publish the QA corpus.", description="The QA corpus.")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +128,8 @@ def test_bad_input_is_found_before_anything_is_computed(evaluate, tmp_path):
     for words, kwargs in (
         ("'magic' is unknown; the suites are identify, open", {"suites": ["identify", "magic"]}),
         ("--limit must be at least 1, not 0.*github.com/aypan17/latentqa", {"limit": 0}),
+        ("--methods names 'prayer'; the methods are unsteered, system_prompt", {"methods": ["prayer"]}),
+        ("--examples must be at least 1, not 0", {"examples": 0}),
         ("no folder .*nowhere.*github.com/aypan17/latentqa.*github.com/PAIR-code/interpretability", {"folder": tmp_path / "nowhere"}),
     ):
         with pytest.raises(LqaError, match=words):
@@ -233,7 +235,7 @@ def test_plots_are_drawn_from_their_numbers_and_the_same_each_time(tmp_path):
     curve = {"x": [7, 14], "y": [0.1, 0.2], "low": [0, 0.1], "high": [0.2, 0.3]}
     lines = Plot("curve", "A curve", "lines", {"ours": curve}, "layer", "hits")
     matrix = Plot("confusion", "A matrix", "matrix", {"": {"x": ["a", "b", "c"], "y": ["a", "b"], "values": [[1, 0, 0], [0, 0.5, 0.5]]}})
-    for plot in (lines, matrix):
+    for plot in (lines, replace(lines, kind="points"), matrix):
         for name in ("a.png", "b.png"):
             report.draw(plot, tmp_path / name)
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

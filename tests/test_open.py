@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 from lqa import LqaError
 from lqa.cli import main
-from lqa.evals import data, judge, runner
+from lqa.evals import data, judge, runner, steer_persona
 from lqa.evals import open as suite
 from lqa.evals.data import Item
-from lqa.evals.suite import Job
+from lqa.evals.steer_persona import Behaviour
+from lqa.evals.suite import Job, Result
 from lqa.journal import Journal
 
 
@@ -190,6 +192,34 @@ def test_saved_answers_are_judged_and_judged_again_without_decoding(endpoint, jo
     assert len(prompts) == sent and json.loads((folder / "open.json").read_text()) == written  # judged before: free
     assert main(["eval", "judge", str(folder), "--endpoint", url, "--judge", "other"]) == 0
     assert len(prompts) == 2 * sent
+
+
+def test_saved_replies_are_judged_for_their_control(endpoint, tmp_path, capsys):
+    behaviour = Behaviour("cats", "Mention cats.", "It mentions cats.", {"kind": "words", "patterns": ["cats"]}, ("How?", "Why?"))
+    said = {"unsteered": "So.", "steering": "Cats say so."}
+    replies = {
+        row: [
+            {"request": request, "greedy": greedy, "text": text, "tokens": 3, "logprob": -1.0}
+            for greedy in (False, True)
+            for request in behaviour.requests
+        ]
+        for row, text in said.items()
+    }
+    made = {"seconds": 0.0, "examples": 0}
+    entries = [steer_persona.entry(behaviour, row, {"replies": own, "made": made}) for row, own in replies.items()]
+    result = asdict(Result({"name": "test", "sha256": "0"}, steer_persona.tables(entries), entries))
+    about = {"decoder": {"name": "tiny"}, "code": "test", "command": "python -m lqa eval steer-persona --out OUT", "seconds": 1}
+    (tmp_path / "steer-persona.json").write_text(runner.report.dump({"provenance": about} | result))
+    url, prompts = endpoint(lambda prompt: json.dumps({"reason": "r", "score": 2 if "Cats say" in prompt else 0}))
+    assert main(["eval", "judge", str(tmp_path), "--endpoint", url, "--judge", "m"]) == 0
+    assert "| judge |" in capsys.readouterr().out and len(prompts) == 4 and all("Mention cats." in p for p in prompts)
+    written = json.loads((tmp_path / "steer-persona.json").read_text())
+    assert {e["method"]: [r.get("judge") for r in e["replies"]] for e in written["items"]} == {
+        "unsteered": [0, 0, None, None],
+        "steering": [1, 1, None, None],
+    }
+    summary = written["tables"]["summary"]
+    assert summary["rows"]["steering"][list(summary["columns"]).index("judge")]["mean"] == 1
 
 
 def test_a_judge_without_endpoint_answers_or_data_is_one_sentence(job, tmp_path, capsys):

@@ -14,6 +14,7 @@ from lqa.errors import LqaError
 
 LATENTQA_HOME = "https://github.com/aypan17/latentqa (folder data/eval)"
 RELATIONS_HOME = "https://github.com/PAIR-code/interpretability (folder patchscopes/code/preprocessed_data/factual)"
+CROWS_PAIRS_HOME = "https://github.com/nyu-mll/crows-pairs (file data/crows_pairs_anonymized.csv)"
 QUESTIONS = {kind: questions["description"][0] for kind, questions in load_questions().items()}  # one generic question per kind
 DATA_FILES = (".json", ".jsonl", ".tsv", ".csv")
 

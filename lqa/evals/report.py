@@ -25,6 +25,12 @@ WORDS = {  # what the references are called in every suite
     "text_only_trained": "a decoder of the same budget, trained on the visible text",
     "random": "the decoder, its LoRA random",
     "untrained": "the decoder, its LoRA untrained",
+    "unsteered": "the target as it is",
+    "system_prompt": "the control as system prompt",
+    "caa": "contrastive activation addition",
+    "sft": "a LoRA of the same size, trained on replies under the control",
+    "dpo": "the same, preferring them to replies without it",
+    "steering": "a LoRA trained through the decoder",
 }
 
 
@@ -162,6 +168,7 @@ def fill(text: str, root: str | Path) -> str:
 # --- plots ------------------------------------------------------------------------------------------------------
 
 COLOURS = ["#0b6e4f", "#c1440e", "#9db4c0", "#5c4b99", "#d4a017", "#333333", "#7fb069", "#b56576"]
+LINE = {"lines": "-", "points": "none"}
 
 
 def picture(suite: str, plot: Plot) -> str:
@@ -175,10 +182,10 @@ def draw(plot: Plot, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if plot.kind == "lines":
+    if plot.kind in ("lines", "points"):
         figure, axes = plt.subplots(figsize=(7, 4), dpi=110)
         for (label, line), colour in zip(plot.series.items(), COLOURS * (1 + len(plot.series) // len(COLOURS)), strict=False):
-            axes.plot(line["x"], line["y"], color=colour, marker="o", markersize=3, label=label)
+            axes.plot(line["x"], line["y"], color=colour, marker="o", markersize=3, linestyle=LINE[plot.kind], label=label)
             if "low" in line:
                 axes.fill_between(line["x"], line["low"], line["high"], color=colour, alpha=0.15, linewidth=0)
             if all(isinstance(x, int) for x in line["x"]):
@@ -194,7 +201,7 @@ def draw(plot: Plot, path: Path) -> None:
         axes.set_yticks(range(down), matrix["y"], fontsize=7)
         figure.colorbar(image)
     else:
-        raise LqaError(f"The plot {plot.name!r} is of the unknown kind {plot.kind!r}; use lines or matrix.")
+        raise LqaError(f"The plot {plot.name!r} is of the unknown kind {plot.kind!r}; use lines, points or matrix.")
     axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})

@@ -24,7 +24,10 @@ from lqa.evals.suite import Job
 from lqa.journal import Journal, write_whole
 from lqa.provenance import code_version
 
-SUITES = ("identify", "open", "system-prompts", "relations", "sensitivity", "calibration")
+READING = ("identify", "open", "system-prompts", "relations", "sensitivity", "calibration")
+STEERING = ("steer-persona", "generalise", "crows-pairs", "inversion", "steer-curve")
+SUITES = (*READING, *STEERING)
+MADE = "made"  # where in OUT the suites of steering keep what their methods trained
 
 
 def suite_module(name: str):
@@ -64,11 +67,15 @@ def run(
     sweep: bool = False,
     text_only_trained: str | None = None,
     rows: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    examples: int | None = None,
 ) -> dict[str, dict]:
     """Runs `suites` on a decoder and writes `out`; returns {suite: document}.
 
     folder  outside data, None for the package's own
     rows    fakes that get a row of their own: "random" and "untrained" (lqa.evals.fakes), or a decoder's folder
+    methods   of lqa.evals.methods, for the suites of steering; none: all.  "unsteered" is always among them
+    examples  the budget of each method that is trained; None: the steering's own
 
     Raises LqaError for an unknown suite, missing data, a limit below 1, or an `out` begun with other settings; nothing is computed before
     all of that is checked.
@@ -78,6 +85,9 @@ def run(
     modules = {suite: suite_module(suite) for suite in dict.fromkeys(suites)}
     if limit is not None and limit < 1:
         raise LqaError(f"--limit must be at least 1, not {limit}; it counts items of the evaluation data ({data.LATENTQA_HOME}).")
+    compared = _compared(methods)
+    if examples is not None and examples < 1:
+        raise LqaError(f"--examples must be at least 1, not {examples}; it counts the gradient examples of each trained method.")
     data.check_folder(folder)
     folder = None if folder is None else Path(folder)
     for module in modules.values():
@@ -106,6 +116,8 @@ def run(
         "code": version,
         "text_only_trained": trained and decoder_digest(trained)[:16],
         "rows": {name: decoder_digest(other)[:16] for name, other in others.items()},
+        "methods": compared,
+        "examples": examples,
     }
     given = {
         "--data": folder and "DATA",
@@ -114,6 +126,8 @@ def run(
         "--seed": seed,
         "--text-only-trained": text_only_trained and Path(text_only_trained).name,
         "--rows": ",".join(others),
+        "--methods": ",".join(methods),
+        "--examples": examples,
         "--out": "OUT",
     }
     flags = [*(["--sweep"] if sweep else []), *(f"{flag} {value}" for flag, value in given.items() if value)]
@@ -132,6 +146,9 @@ def run(
                 passes=passes,
                 text_only_trained=trained,
                 rows=others,
+                methods=compared,
+                examples=examples,
+                kept=out / MADE / f"{settings['decoder']}-{seed}-{examples or 'default'}",
             )
             result = module.run(job)
             provenance = {
@@ -153,8 +170,17 @@ def run(
     return {suite: document for suite, document in report.load(out).items() if suite in modules}
 
 
+def _compared(names: Sequence[str]) -> list[str]:
+    """The methods that are compared, in their own order.  Raises LqaError for one that there is not."""
+    from lqa.evals.methods import NAMES
+
+    if unknown := [name for name in names if name not in NAMES]:
+        raise LqaError(f"--methods names {unknown[0]!r}; the methods are {', '.join(NAMES)}.")
+    return [name for name in NAMES if not names or name in names or name == "unsteered"]
+
+
 def judge(folder: str | Path, data_folder: str | None, url: str, model: str) -> None:
-    """Has a model judge the answers of `open` in a results folder (lqa.evals.judge)."""
+    """Has a model judge the answers and replies in a results folder (lqa.evals.judge)."""
     from lqa.evals.judge import judge_folder
 
     judge_folder(folder, data_folder, url=url, model=model)

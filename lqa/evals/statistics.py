@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def bootstrap(
@@ -16,11 +16,18 @@ def bootstrap(
     sums = [(sum(values), len(values)) for values in clusters if values]
     if not sums:
         raise ValueError("no values to average")
-    rng = random.Random(seed)
 
     def mean(chosen) -> float:
         return sum(total for total, _ in chosen) / sum(n for _, n in chosen)
 
-    means = sorted(mean(rng.choices(sums, k=len(sums))) for _ in range(resamples))
+    return bootstrap_of(mean, sums, resamples=resamples, level=level, seed=seed)
+
+
+def bootstrap_of(
+    statistic: Callable[[Sequence], float], clusters: Sequence, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """(value, low, high) of what `statistic` makes of a list of clusters, with its percentile-bootstrap interval."""
+    rng = random.Random(seed)
+    values = sorted(statistic(rng.choices(clusters, k=len(clusters))) for _ in range(resamples))
     tail = (1 - level) / 2
-    return mean(sums), means[int(tail * resamples)], means[min(resamples - 1, int((1 - tail) * resamples))]
+    return statistic(clusters), values[int(tail * resamples)], values[min(resamples - 1, int((1 - tail) * resamples))]

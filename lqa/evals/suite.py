@@ -6,6 +6,7 @@ all that it reports is a table with n and interval, so that one report shows eve
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
@@ -49,8 +50,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, as numbers.  `kind`: "lines" (series: label -> {"x", "y", optional "low", "high"}) or "matrix" (series: "" -> {"x": column
-    names, "y": row names, "values": rows})."""
+    """A picture, as numbers.  `kind`: "lines" or "points" (series: label -> {"x", "y", optional "low", "high"}), or "matrix" (series: "" ->
+    {"x": column names, "y": row names, "values": rows})."""
 
     name: str  # of its file
     title: str
@@ -80,6 +81,9 @@ class Job:
     passes    target passes that all suites share
     text_only_trained  the decoder of that reference, or None
     rows      further decoders that get a row of their own: name -> decoder
+    methods   ways to make the target behave that suites of steering compare (lqa.evals.methods); the first is "unsteered"
+    examples  the budget of those that are trained (None: the steering's own)
+    kept      folder where what they train is kept, or None
     """
 
     def __init__(
@@ -95,17 +99,25 @@ class Job:
         passes: Passes | None = None,
         text_only_trained: LatentDecoder | None = None,
         rows: dict[str, LatentDecoder] | None = None,
+        methods: Sequence[str] = (),
+        examples: int | None = None,
+        kept: Path | None = None,
     ):
         self.suite, self.decoder, self.journal = suite, decoder, journal
         self.data, self.limit, self.seed, self.sweep = data, limit, seed, sweep
         self.passes = passes if passes is not None else Passes()
         self.text_only_trained, self.rows = text_only_trained, rows or {}
+        self.methods, self.examples, self.kept = methods, examples, kept
         self._seconds: dict[str, float] = {}
         self._start, self._made = time.monotonic(), 0
 
     def limited(self, items: Sequence) -> list:
         """At most `limit` of `items`, drawn with the seed."""
         return list(items) if self.limit is None else random.Random(self.seed).sample(items, min(self.limit, len(items)))
+
+    def made(self, control: str) -> Path | None:
+        """The folder of what methods make of `control`; all suites share it, so that it is made once."""
+        return None if self.kept is None else self.kept / hashlib.sha256(control.encode()).hexdigest()[:12]
 
     def once(self, key: str, make: Callable[[], dict]) -> dict:
         """The result filed under `key`: that of an earlier run, else what `make` returns (JSON values only), on disk before it is used."""

@@ -44,6 +44,24 @@ def write_replies(
     return replies
 
 
+def logprobs(
+    decoder,
+    requests: Sequence[str],
+    replies: Sequence[Sequence[int]],
+    session: Callable | None = None,
+    *,
+    system: str | None = None,
+) -> list[float]:
+    """The mean log-probability per token (nats) of each reply (token ids, none empty) to its request.
+
+    session  of the model that is asked; None: the bare model
+    system   a system prompt in front of every request
+    """
+    session = session or decoder.base.decoding
+    prefix, rows = _prompts(decoder, requests, session, system)
+    return engine.score(session, prefix, rows, replies)
+
+
 def perplexity(decoder, requests: Sequence[str], replies: Sequence[Sequence[int]]) -> float:
     """exp of the mean negative log-probability (nats per token, over all replies) that the unsteered target gives the replies.
 
@@ -52,8 +70,7 @@ def perplexity(decoder, requests: Sequence[str], replies: Sequence[Sequence[int]
     kept = [i for i, reply in enumerate(replies) if reply]
     if not kept:
         raise LqaError("All replies are empty; there is no perplexity to take.")
-    prefix, rows = _prompts(decoder, requests, decoder.base.decoding)
-    means = engine.score(decoder.base.decoding, prefix, [rows[i] for i in kept], [replies[i] for i in kept])
+    means = logprobs(decoder, [requests[i] for i in kept], [replies[i] for i in kept])
     lengths = [len(replies[i]) for i in kept]
     return math.exp(-sum(m * n for m, n in zip(means, lengths, strict=True)) / sum(lengths))
 
