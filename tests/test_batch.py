@@ -10,6 +10,7 @@ from lqa.evals import batch
 from lqa.grounding import donor_activations, map_linearly, text_only, text_only_scores
 
 CHATS = [("Speak like a pirate.", "What of the city?"), ("Be a doctor.", "What of the city?"), ("Cook.", "Tell me about the weather!")]
+BOTH = {"layers_per_reading": 2, "default_layer": [0, 1]}  # a decoder that reads two layers at once
 QUESTIONS = ["Who is it?", "How will the assistant speak?"]
 ANSWERS = ["Like a pirate.", "It is a doctor from France who likes to cook.", "Formally."]
 
@@ -20,7 +21,7 @@ def readings(decoder):
 
 
 @pytest.mark.parametrize("width", [1, 3, 32])
-@pytest.mark.parametrize("changes", [{}, {"conditioning": "projected"}, {"positions": "shifted"}, {"family": "gemma3"}])
+@pytest.mark.parametrize("changes", [{}, BOTH | {"conditioning": "projected"}, {"positions": "shifted"}, {"family": "gemma3"}])
 def test_batched_answers_are_those_of_one_reading(tiny_decoder, width, changes):
     decoder = tiny_decoder(**changes)
     found = readings(decoder)
@@ -33,7 +34,7 @@ def test_batched_answers_are_those_of_one_reading(tiny_decoder, width, changes):
     assert len({s.text for s in said}) > 2  # the tiny decoder does answer differently
 
 
-@pytest.mark.parametrize("changes", [{}, {"positions": "shifted"}, {"family": "gemma3"}])
+@pytest.mark.parametrize("changes", [BOTH, {"positions": "shifted"}, {"family": "gemma3"}])
 def test_batched_scores_are_those_of_one_reading(tiny_decoder, changes):
     decoder = tiny_decoder(**changes)
     found = readings(decoder)
@@ -56,10 +57,10 @@ def test_a_decoder_of_text_is_asked_the_same_way(tiny_decoder):
 
 
 def test_shuffled_is_the_donor_mapped_onto_the_slots(tiny_decoder):
-    first, second, third = readings(tiny_decoder())
+    first, second, third = readings(tiny_decoder(**BOTH))
     assert batch.ask(first, "Who is it?", "shuffled", second).injected is second.injected  # equal spans share a decode
     prompt = batch.ask(first, "Who is it?", "shuffled", third)
-    assert torch.equal(prompt.injected, map_linearly(third.injected, len(first.span)))
+    assert torch.equal(prompt.injected, map_linearly(third.injected, len(first.span), 2))
     assert prompt._replace(injected=None).name == batch.ask(first, "Who is it?", "none").name
     assert torch.equal(batch.ask(first, "?", "shuffled").injected, donor_activations(first))
 

@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_references_are_at_chance_where_the_text_is_silent(tiny_decoder, run):
-    decoder = tiny_decoder(conditioning="amplified", conditioning_constant=2.0)
+    decoder = tiny_decoder(conditioning="amplified", conditioning_constant=2.0, layers_per_reading=2, default_layer=[0, 1])
     result, keys = run(decoder, "system_prompt", "caa", "steering")
     rows, columns = result.tables["follows"].rows, list(result.tables["follows"].columns)
     assert columns == ["contradicted", "silent", "contradicted, compared", "silent, compared"]

@@ -225,7 +225,7 @@ def test_what_is_made_is_kept(tiny_decoder, tmp_path, name):
 
 
 def test_budget_and_lora_are_the_same_for_all(tiny_decoder):
-    decoder, never = tiny_decoder(), {"patience": 99, "certainty": None}
+    decoder, never = tiny_decoder(layers_per_reading=2, default_layer=[0, 1]), {"patience": 99, "certainty": None}
     shapes = {}
     for name in MADE:
         made = methods.make(name, decoder, CONTROL, examples=6, **FAST | never)
