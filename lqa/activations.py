@@ -10,6 +10,18 @@ from torch import Tensor, nn
 
 from lqa.errors import LqaError
 
+Layer = int | Sequence[int]  # what a reading reads: a layer, or several at once
+
+
+def layer_list(layer: Layer) -> list[int]:
+    """The layers that `layer` names."""
+    return list(layer) if isinstance(layer, Sequence) else [layer]
+
+
+def layer_name(layers: Sequence[int]) -> int | tuple[int, ...]:
+    """What names `layers` in a call or a document: the one layer, or all of several."""
+    return layers[0] if len(layers) == 1 else tuple(layers)
+
 
 class _Stop(Exception):
     """Ends the forward pass once the deepest layer is captured; only the Capture that armed it swallows it."""

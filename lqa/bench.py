@@ -24,7 +24,7 @@ from torch import Tensor
 from lqa import engine
 from lqa.activations import Capture, gather_spans
 from lqa.chat import render, resolve_span
-from lqa.conditioning import REFERENCED, Projection, condition, reference
+from lqa.conditioning import REFERENCED, condition, reference
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
 from lqa.injection import Injection
@@ -206,8 +206,8 @@ def _read_paper(
         model(input_ids=target_ids, attention_mask=torch.ones_like(target_ids), use_cache=False)
     activations = gather_spans({k: captured[k] for k in layers}, [span] * len(asked), [layers] * len(asked))
     how = (config.conditioning, config.conditioning_constant, decoder.projection)
-    activations = torch.cat([condition(h, h0, None, layers, *how) for h in activations.chunk(len(asked))])
-    prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), layers)
+    activations = torch.cat([condition(h, h0, None, config.blocks(layers), *how) for h in activations.chunk(len(asked))])
+    prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), config.blocks(layers))
     prompts = [prefix + config.prompt.question(base.tokenizer, q) for q in asked]
     ids, mask, positions = _left_padded(prompts, 0, base.device)
     where, _, _ = _left_padded([slots + [False] * (len(p) - len(slots)) for p in prompts], False, base.device)
@@ -359,10 +359,14 @@ def make_trainer(schedule: str, config_path: str, overrides: list[str], steps: i
     config.cache, config.examples = None, None  # activations are read live; as many readings as the steps consume
     if schedule == "paper":
         config.conditioning, config.conditioning_constant, config.projection = "raw", None, {}
+        if config.merged:
+            config.merged, config.default_layer = False, config.read_layers[len(config.read_layers) // 2]
     projection = None
     if config.conditioning == "projected":  # what it maps to costs no time
+        from train.projection import identity
+
         width = load_base(config.base).hidden_size
-        projection = Projection({k: (torch.eye(width), torch.zeros(width)) for k in config.read_layers})
+        projection = identity([*config.read_layers, *([tuple(config.read_layers)] if config.merged else [])], width)
     trainer = build_trainer(config, callbacks, projection)
     if schedule == "packed":
         return trainer
@@ -526,7 +530,7 @@ def _paper_loss(decoder: LatentDecoder, twin: Base, training, chat, pair: tuple[
     if training.loss.hidden:
         chat.reference(base, layers, False)
     h = training.loss.injected({k: captured[k][0, chat.span] for k in layers}, chat, layers)
-    row = config.prompt.row(base.tokenizer, config.slot_token_id, len(chat.span), layers, [pair])
+    row = config.prompt.row(base.tokenizer, config.slot_token_id, len(chat.span), config.blocks(layers), [pair])
     ids, slots, labels = (torch.tensor([row[key]], device=base.device) for key in ("input_ids", "slots", "labels"))
     with twin.using(decoder.adapter) as model, Injection(twin, config.write_layer, config.operation) as injection:
         with injection.armed(slots, h):

@@ -14,6 +14,9 @@ hidden is left out of the reference likewise, and every token has one then: itse
 mu_k, or P_k and b_k, for each read layer k lie beside the adapter.  A token that no hidden turn precedes has no reference: where that is
 all of them `contrast` is an error, else it injects h as the others do.
 
+All read layers may be merged into one block (DecoderConfig.merged): one map P, of the differences at all of them, side by side.  What each
+layer holds of the hidden text is noisy, and the noise differs: together they tell it much better.
+
 `projected` starts from a fit (train.projection): from the difference at one token it predicts what the write layer would hold for the
 hidden text.  The model can already read that, so a decoder starts with its input in a form that it knows.  Or it starts at the identity,
 as `contrast`; and from either it may be trained together with the adapter.
@@ -30,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lqa.activations import Layer, layer_list
 from lqa.chat import Chat, Rendered, hidden_turns, render
 from lqa.errors import LqaError
 
@@ -40,17 +44,17 @@ PROJECTION = "projection.safetensors"
 
 
 class Projection:
-    """An affine map for each read layer: `maps[k]` = weight (D, D), bias (D); what is injected is `weight @ x + bias`.
+    """An affine map for each block that is read: `maps[k]` = weight (D, D), bias (D); what is injected is `weight @ x + bias`.
 
-    The weight of "centred" is None, the identity, and its bias -mu_k.
+    The weight of "centred" is None, the identity, and its bias -mu_k.  Of L merged layers, a tuple, the weight is (D, L * D).
     """
 
-    def __init__(self, maps: dict[int, tuple[Tensor | None, Tensor]]):
+    def __init__(self, maps: dict[Layer, tuple[Tensor | None, Tensor]]):
         self.maps = maps
 
-    def __call__(self, x: Tensor, layer: int) -> Tensor:
-        """(N, D) -> (N, D); differentiable."""
-        weight, bias = self.maps[layer]
+    def __call__(self, x: Tensor, block: Layer) -> Tensor:
+        """(N, D), or (N, L * D) of merged layers -> (N, D); differentiable."""
+        weight, bias = self.maps[block]
         return (x if weight is None else x @ weight.to(x).T) + bias.to(x)
 
     def trainable(self, device) -> nn.ParameterDict:
@@ -59,7 +63,7 @@ class Projection:
         return nn.ParameterDict({name.replace(".", "_"): t for name, t in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {f"{k}.{part}": t for k, m in self.maps.items() for part, t in zip(_PARTS, m, strict=True)}
+        named = {f"{_name(k)}.{part}": t for k, m in self.maps.items() for part, t in zip(_PARTS, m, strict=True)}
         return {name: t for name, t in named.items() if t is not None}
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -73,14 +77,15 @@ class Projection:
 
     def digest(self) -> str:
         """A hash of the maps."""
-        parts = [t.detach().cpu().contiguous().numpy().tobytes() for k in sorted(self.maps) for t in self.maps[k] if t is not None]
+        tensors = [t for k in sorted(self.maps, key=layer_list) for t in self.maps[k] if t is not None]
+        parts = [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     @classmethod
     def load(
-        cls, folder: str | Path, layers: list[int], width: int, conditioning: str = "projected", digest: str | None = None
+        cls, folder: str | Path, blocks: Sequence[Layer], width: int, conditioning: str = "projected", digest: str | None = None
     ) -> Projection:
-        """Reads the maps of `layers` for a conditioning of MAPPED; `digest` is the sidecar's, if it names one.
+        """Reads the maps of `blocks` (DecoderConfig.maps) for a conditioning of MAPPED; `digest` is the sidecar's, if it names one.
 
         Raises LqaError if the file is absent, damaged, has another digest, or was made for other layers, width or conditioning.
         """
@@ -94,17 +99,16 @@ class Projection:
             raise LqaError(f"{folder} has no {PROJECTION}, which its conditioning needs; download or train the decoder again.") from error
         except (SafetensorError, OSError) as error:
             raise LqaError(f"{path} is damaged ({error}); download or train the decoder again.") from error
-        parts = dict(zip(_PARTS, ((width, width), (width,)), strict=True))
-        if conditioning == "centred":
-            del parts["weight"]
-        shapes = {f"{k}.{part}": shape for k in layers for part, shape in parts.items()}
+        shapes = {f"{_name(k)}.bias": (width,) for k in blocks}
+        if conditioning != "centred":
+            shapes |= {f"{_name(k)}.weight": (width, width * len(layer_list(k))) for k in blocks}
         if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
-            wanted = f"maps of width {width} for the layers {', '.join(map(str, layers))} and the conditioning {conditioning!r}"
+            wanted = f"maps of width {width} for the layers {', '.join(map(_name, blocks))} and the conditioning {conditioning!r}"
             raise LqaError(f"{path} does not hold {wanted}; it is another decoder's.")
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise LqaError(f"{path} holds values that are not finite; download or train the decoder again.")
         tensors = {name: t.float() for name, t in tensors.items()}
-        found = cls({k: tuple(tensors.get(f"{k}.{part}") for part in _PARTS) for k in layers})
+        found = cls({k: tuple(tensors.get(f"{_name(k)}.{part}") for part in _PARTS) for k in blocks})
         if digest not in (None, found.digest()):
             raise LqaError(f"{path} has the digest {found.digest()}, but the sidecar names {digest}; it is another decoder's.")
         return found
@@ -113,29 +117,36 @@ class Projection:
 _PARTS = ("weight", "bias")
 
 
+def _name(block: Layer) -> str:
+    return "+".join(map(str, layer_list(block)))
+
+
 def condition(
     h: Tensor,
     h0: Tensor | None,
     which: list[int] | None,
-    layers: Sequence[int],
+    blocks: Sequence[Layer],
     name: str,
     constant: float | None = None,
     projection: Projection | None = None,
 ) -> Tensor:
-    """What is injected, (L * N, D), for activations h (L * N, D) of the L `layers`, block after block; differentiable.
+    """What is injected, (B * N, D), for activations h (L * N, D), layer after layer, of the L layers of the B `blocks`; differentiable.
 
     h0     (L * M, D) the reference's activations; None if no token has a reference
-    which  the M rows of a block that h0 belongs to; None: all
+    which  the M of a layer's N rows that h0 belongs to; None: all
     """
-    others = [None] * len(layers) if h0 is None else h0.chunk(len(layers))
-    blocks = zip(h.chunk(len(layers)), others, layers, strict=True)
-    return torch.cat([_condition(own, other, which, layer, name, constant, projection) for own, other, layer in blocks])
+    sizes = [len(layer_list(block)) for block in blocks]
+    own = h.unflatten(0, (sum(sizes), -1)).split(sizes)  # (layers of the block, N, D)
+    others = [None] * len(sizes) if h0 is None else h0.unflatten(0, (sum(sizes), -1)).split(sizes)
+    parts = zip(own, others, blocks, strict=True)
+    return torch.cat([_condition(h, h0, which, block, name, constant, projection) for h, h0, block in parts])
 
 
 def _condition(
-    h: Tensor, h0: Tensor | None, which: list[int] | None, layer: int, name: str, constant: float | None, projection: Projection | None
+    h: Tensor, h0: Tensor | None, which: list[int] | None, block: Layer, name: str, constant: float | None, projection: Projection | None
 ) -> Tensor:
-    """One layer's block: (N, D) -> (N, D)."""
+    """One block: (L, N, D) -> (N, D).  Of merged layers, the middle one stands for what has nothing hidden before it."""
+    every, h = h, h[len(h) // 2]
     if name not in CONDITIONINGS:
         raise LqaError(f"The conditioning {name!r} is unknown; supported are {', '.join(CONDITIONINGS)}.")
     if name == "contrast" and h0 is None:
@@ -144,16 +155,17 @@ def _condition(
             "chat."
         )
     if name == "centred":
-        return projection(h, layer)
+        return projection(h, block)
     if name == "raw" or h0 is None:
         return h
     own = h if which is None else h[which]
+    change = (every if which is None else every[:, which]) - h0  # (L, M, D)
     if name == "contrast":
-        conditioned = own - h0
+        conditioned = change[0]
     elif name == "amplified":
-        conditioned = own + constant * (own - h0)
+        conditioned = own + constant * change[0]
     else:
-        conditioned = projection(own - h0, layer)
+        conditioned = projection(change.transpose(0, 1).flatten(1), block)
     if len(own) == len(h):
         return conditioned
     return h.index_put((torch.tensor(which, device=h.device),), conditioned.to(h.dtype))

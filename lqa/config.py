@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
 
+from lqa.activations import Layer, layer_list
 from lqa.calibration import Calibration
 from lqa.chat import _closing, _common_prefix, _header, _skeleton
 from lqa.conditioning import MAPPED, check_conditioning
@@ -25,26 +26,14 @@ PRESETS = ("latentqa", "activation-oracle")
 VISIBLE_TEXT = "visible_text"  # an "injection" that injects nothing: the visible turns stand in the prompt as text
 IGNORE = -100  # the label of a token that is not scored
 
-Layer = int | Sequence[int]  # what a reading reads: a layer, or several at once
-
-
-def layer_list(layer: Layer) -> list[int]:
-    """The layers that `layer` names."""
-    return list(layer) if isinstance(layer, Sequence) else [layer]
-
-
-def layer_name(layers: Sequence[int]) -> int | tuple[int, ...]:
-    """What names `layers` in a call or a document: the one layer, or all of several."""
-    return layers[0] if len(layers) == 1 else tuple(layers)
-
-
 @dataclass(frozen=True)
 class Prompt:
     """The decoder's prompt as text, cut where token ids are joined.  Parts are tokenized one by one, so no merge crosses a cut.
 
         start  (block_head  SLOTS  block_tail)*  question_head QUESTION question_tail  ANSWER end
 
-    One block of slots per read layer; `{layer}` in `block_head` is its number.  `end` begins with the end-of-turn token.
+    One block of slots per read layer, or for several that are merged; `{layer}` in `block_head` is its number, or theirs ("7, 14, 21").
+    `end` begins with the end-of-turn token.
     """
 
     start: str
@@ -55,24 +44,27 @@ class Prompt:
     end: str
 
     def prefix(
-        self, tokenizer, slot_token_id: int | list[int], n_slots: int, layers: Sequence[int]
+        self, tokenizer, slot_token_id: int | list[int], n_slots: int, blocks: Sequence[Layer]
     ) -> tuple[list[int], list[bool]]:
-        """Token ids up to the question, and which of them are slots (n_slots for each of `layers`)."""
+        """Token ids up to the question, and which of them are slots (n_slots for each of `blocks`, see DecoderConfig.blocks)."""
         first, other = slot_token_id if isinstance(slot_token_id, list) else (slot_token_id, slot_token_id)
         ids = _ids(tokenizer, self.start)
         slots = [False] * len(ids)
-        for layer in layers:
-            head, tail = _ids(tokenizer, self.block_head.format(layer=layer)), _ids(tokenizer, self.block_tail)
+        for block in blocks:
+            head, tail = _ids(tokenizer, self._head(block)), _ids(tokenizer, self.block_tail)
             ids += head + [first] + [other] * (n_slots - 1) + tail
             slots += [False] * len(head) + [True] * n_slots + [False] * len(tail)
         return ids, slots
 
-    def text_prefix(self, tokenizer, text: str, layers: Sequence[int]) -> list[int]:
+    def text_prefix(self, tokenizer, text: str, blocks: Sequence[Layer]) -> list[int]:
         """`prefix` with a text in place of the slots."""
         ids = _ids(tokenizer, self.start)
-        for layer in layers:
-            ids += _ids(tokenizer, self.block_head.format(layer=layer)) + _ids(tokenizer, text) + _ids(tokenizer, self.block_tail)
+        for block in blocks:
+            ids += _ids(tokenizer, self._head(block)) + _ids(tokenizer, text) + _ids(tokenizer, self.block_tail)
         return ids
+
+    def _head(self, block: Layer) -> str:
+        return self.block_head.format(layer=", ".join(map(str, layer_list(block))))
 
     def question(self, tokenizer, question: str, after: Sequence[tuple[str, str]] = ()) -> list[int]:
         """A question; `after` are earlier ones about the same slots with their answers, oldest first, as turns in front of it."""
@@ -109,7 +101,7 @@ class Prompt:
         tokenizer,
         slot_token_id: int | list[int],
         n_slots: int,
-        layers: Sequence[int],
+        blocks: Sequence[Layer],
         qa: Sequence[tuple],
         first: int = 0,
         text: str | None = None,
@@ -122,9 +114,9 @@ class Prompt:
         text    in place of the slots, for a decoder that reads text
         """
         if text is None:
-            ids, slots = self.prefix(tokenizer, slot_token_id, n_slots, layers)
+            ids, slots = self.prefix(tokenizer, slot_token_id, n_slots, blocks)
         else:
-            ids = self.text_prefix(tokenizer, text, layers)
+            ids = self.text_prefix(tokenizer, text, blocks)
             slots = [False] * len(ids)
         start = len(ids)
         positions, branch, labels = list(range(first, first + start)), [PREFIX] * start, [IGNORE] * start
@@ -191,6 +183,7 @@ class DecoderConfig:
     training: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
     projection: str | None = None  # the digest of the map beside the adapter (lqa.conditioning.Projection); None: there is none to compare
+    merged: bool = False  # whether all read layers can also be read at once in one block of slots (conditioning "projected")
     calibration: dict | None = None  # of Answer.confidence (lqa.calibration); None: it is the mean token probability
     schema_version: int = SCHEMA_VERSION
 
@@ -235,6 +228,8 @@ class DecoderConfig:
         n = self.layers_per_reading
         if not isinstance(n, int) or n < 1:
             raise LqaError(f"{SIDECAR}: layers_per_reading is {n!r}; give the number of layers that are read at once, usually 1.")
+        if not isinstance(self.merged, bool) or (self.merged and (self.conditioning, n) != ("projected", 1)):
+            raise LqaError(f"{SIDECAR}: merged is {self.merged!r}; true goes with the conditioning 'projected' and one layer per reading.")
         if not self.reads(self.default_layer):
             raise LqaError(f"{SIDECAR}: default_layer {self.default_layer} must name {n} of read_layers {self.read_layers}.")
         return self
@@ -256,12 +251,22 @@ class DecoderConfig:
 
     @property
     def readings(self) -> list[tuple[int, ...]]:
-        """All that can be read: every choice of `layers_per_reading` of the read layers."""
-        return list(combinations(self.read_layers, self.layers_per_reading))
+        """All that can be read: every choice of `layers_per_reading` of the read layers, and all of them where they can be merged."""
+        whole = [tuple(self.read_layers)] if self.merged and len(self.read_layers) > 1 else []
+        return [*combinations(self.read_layers, self.layers_per_reading), *whole]
+
+    def blocks(self, layers: Sequence[int]) -> list[Layer]:
+        """The blocks of slots of a reading of `layers`: one for each of them, or one for all where they are merged."""
+        return [tuple(layers)] if self.merged and len(layers) > 1 else list(layers)
+
+    @property
+    def maps(self) -> list[Layer]:
+        """The blocks that a map beside the adapter has an entry for."""
+        return [*self.read_layers, *(layers for layers in self.readings if self.merged and len(layers) > 1)]
 
     def reads(self, layer: Layer) -> bool:
-        """Whether `layer` names as many of the read layers, in any order, as are read at once."""
-        return len(layer_list(layer)) == len(self._named(layer)) == self.layers_per_reading
+        """Whether `layer` names, in any order, layers that are read at once."""
+        return len(layer_list(layer)) == len(named := self._named(layer)) and named in self.readings
 
     def check_layers(self, layer: Layer | None) -> tuple[int, ...]:
         """The layers to read, in the order of their blocks: those of `layer`, or the default for None.  Raises LqaError that lists the
@@ -269,8 +274,12 @@ class DecoderConfig:
         layer = self.default_layer if layer is None else layer
         if not self.reads(layer):
             asked, known = (", ".join(map(repr, layers)) for layers in (layer_list(layer), self.read_layers))
-            raise LqaError(f"This decoder cannot read layer {asked}; it supports the layers {known} ({self.layers_per_reading} a reading).")
+            raise LqaError(f"This decoder cannot read layer {asked}; it supports the layers {known} ({self._number} a reading).")
         return self._named(layer)
+
+    @property
+    def _number(self) -> str:
+        return f"{self.layers_per_reading}{' or all' if self.merged else ''}"
 
     def _named(self, layer: Layer) -> tuple[int, ...]:
         return tuple(k for k in self.read_layers if k in layer_list(layer))

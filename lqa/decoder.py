@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lqa import engine
-from lqa.activations import Passes, capture, gather_spans
+from lqa.activations import Layer, Passes, capture, gather_spans, layer_name
 from lqa.calibration import Calibration
 from lqa.chat import Chat, Rendered, Span, check_text, hidden_turns, render, resolve_span, visible_text
 from lqa.conditioning import MAPPED, REFERENCED, Projection, condition
 from lqa.conditioning import reference as find_reference
-from lqa.config import SIDECAR, DecoderConfig, Layer, layer_name, preset_config
+from lqa.config import SIDECAR, DecoderConfig, preset_config
 from lqa.errors import LqaError
 from lqa.injection import Injection
 from lqa.models import Base, load_base
@@ -166,7 +166,7 @@ class LatentDecoder:
             config = preset_config(preset, base, read_layers, write_layer, lora)
         projection = None
         if config.conditioning in MAPPED:
-            projection = Projection.load(folder, config.read_layers, base.hidden_size, config.conditioning, config.projection)
+            projection = Projection.load(folder, config.maps, base.hidden_size, config.conditioning, config.projection)
         decoder = cls(base, config, name, projection)
         decoder.adapter, decoder.folder = base.add_adapter(folder), folder
         return decoder
@@ -211,7 +211,7 @@ class LatentDecoder:
             raise LqaError(f"This decoder's conditioning {config.conditioning!r} compares with nothing; leave the reference chat out.")
         h0 = self._capture(found.rendered, found.places, layers, () if hidden else steered, passes) if found else None
         how = (config.conditioning, config.conditioning_constant, self.projection)
-        injected = condition(activations, h0, found and found.which, layers, *how)
+        injected = condition(activations, h0, found and found.which, config.blocks(layers), *how)
         return Reading(self, rendered, tuple(indices), layers, activations, injected, conditioned=found is not None)
 
     def _capture(
@@ -284,7 +284,7 @@ class LatentDecoder:
         start   the position of their first token (DecoderConfig.first_position)
         """
         config = self.config
-        ids, slots = config.prompt.prefix(self.base.tokenizer, config.slot_token_id, n_slots, layers)
+        ids, slots = config.prompt.prefix(self.base.tokenizer, config.slot_token_id, n_slots, config.blocks(layers))
         if activations is None:
             with self.session() as model:
                 return engine.prefill(model, [ids] * count, start)
@@ -368,6 +368,11 @@ class Reading:
     def layer(self) -> int | tuple[int, ...]:
         """What was read, as `read` takes it: the layer, or all of several."""
         return layer_name(self.layers)
+
+    @property
+    def blocks(self) -> list[Layer]:
+        """What each block of slots holds: a layer, or several that are merged."""
+        return self.decoder.config.blocks(self.layers)
 
     @property
     def hidden(self) -> set[int]:
@@ -503,7 +508,7 @@ class Reading:
         room = self.decoder.base.context - self._start - len(self._prompt_ids()[0]) - new
         if max(map(len, suffixes)) > room:
             raise LqaError(
-                f"The question with {len(self.activations)} activations and {new} new tokens exceeds the model's context of "
+                f"The question with {len(self.injected)} activations and {new} new tokens exceeds the model's context of "
                 f"{self.decoder.base.context}; select fewer tokens or ask more briefly."
             )
         return [engine.Row(i, suffix) for i in range(len(sources)) for suffix in suffixes]
@@ -513,9 +518,9 @@ class Reading:
         config = self.decoder.config
         if config.reads_text:
             shown = visible_text(self.rendered, list(self.span)) if text else ""
-            ids = config.prompt.text_prefix(self.decoder.base.tokenizer, shown, self.layers)
+            ids = config.prompt.text_prefix(self.decoder.base.tokenizer, shown, self.blocks)
             return ids, [False] * len(ids)
-        return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), self.layers)
+        return config.prompt.prefix(self.decoder.base.tokenizer, config.slot_token_id, len(self.span), self.blocks)
 
     @property
     def _start(self) -> int:

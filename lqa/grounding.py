@@ -27,26 +27,26 @@ TEXT_ONLY = (
 )
 
 
-def map_linearly(activations: Tensor, n: int, layers: int = 1) -> Tensor:
-    """(L * M, D) -> (L * n, D): in each of L layers' blocks, a donor's positions mapped linearly onto n slots, first to first and last to
+def map_linearly(activations: Tensor, n: int, blocks: int = 1) -> Tensor:
+    """(B * M, D) -> (B * n, D): in each of B blocks, a donor's positions mapped linearly onto n slots, first to first and last to
     last."""
-    blocks = activations.unflatten(0, (layers, -1))
-    m = blocks.shape[1]
+    parts = activations.unflatten(0, (blocks, -1))
+    m = parts.shape[1]
     if m == n:
         return activations  # itself: who asks of one and of the other asks the same
     index = torch.linspace(0, m - 1, n, device=activations.device).round().long() if n > 1 else torch.tensor([m - 1])
-    return blocks[:, index].flatten(0, 1)
+    return parts[:, index].flatten(0, 1)
 
 
 def donor_activations(reading: Reading, donor: Reading | None = None) -> Tensor:
-    """Another chat's activations at the same layers, conditioned, for the reading's slots: (L * N, D).  Without `donor`, the packaged
+    """Another chat's activations at the same layers, conditioned, for the reading's slots: (B * N, D).  Without `donor`, the packaged
     one's."""
     # Hidden where the reading hides something too: the references must differ in content, not in kind.
     # Never steered: a steering of this thread would be in the donor's activations too.
     donor = donor or reading.decoder._read(DONOR_CHAT, "turn:-1" if reading.conditioned else "all", reading.layers)
     if donor.layers != reading.layers:
         raise LqaError(f"The donor was read at layer {donor.layer}, the reading at layer {reading.layer}; they must be the same.")
-    return map_linearly(donor.injected, len(reading.span), len(reading.layers))
+    return map_linearly(donor.injected, len(reading.span), len(reading.blocks))
 
 
 def text_only_chat(reading: Reading, question: str, after: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:

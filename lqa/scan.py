@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lqa import engine
-from lqa.activations import Passes
+from lqa.activations import Layer, Passes, layer_name
 from lqa.chat import Chat, Span, check_text, render, resolve_span
-from lqa.config import Layer, layer_name
 from lqa.decoder import LatentDecoder, evidence
 from lqa.errors import LqaError
 
@@ -65,7 +64,8 @@ def scan(
     for layers in readings:
         none = None
         for tokens in turns.values():
-            injected = decoder.read(chat, tokens, layers, passes=passes).injected.unflatten(0, (len(layers), -1))  # (L, N, D)
+            reading = decoder.read(chat, tokens, layers, passes=passes)
+            injected = reading.injected.unflatten(0, (len(reading.blocks), -1))  # (B, N, D)
             for at in range(0, len(tokens), batch):
                 part = tokens[at : at + batch]
                 values = injected[:, at : at + batch].transpose(0, 1).flatten(0, 1)  # token after token, as the prompts are

@@ -14,7 +14,7 @@ TRAIN = corpus.load_controls("train")
 
 
 def examples(n=200, seed=0, target=EMBEDDED_BASE, **mixture):
-    return build_examples(TRAIN, n, MixtureConfig(**mixture), [7, 14, 21], 14, seed, target)
+    return build_examples(TRAIN, n, MixtureConfig(**mixture), [[7], [14], [21]], 14, seed, target)
 
 
 def test_a_smaller_share_is_part_of_a_larger_one_and_cuts_no_cluster():
@@ -80,7 +80,7 @@ def test_spans_are_drawn_among_the_visible_tokens(tokenizer_of, style):
     shares = {"part": 0.5, "token": 0.3, "last": 0.2}
 
     def build(**more):
-        return build_examples(TRAIN, 60, MixtureConfig(spans=shares, forms=forms, **more), [7], 7, 0, tokenizer=tokenizer)
+        return build_examples(TRAIN, 60, MixtureConfig(spans=shares, forms=forms, **more), [[7]], 7, 0, tokenizer=tokenizer)
 
     rows, sizes = build(), []
     for row in rows:
@@ -104,13 +104,15 @@ def test_other_spans_draw_nothing_more():
 
 
 def test_several_layers_are_drawn_at_once_and_one_is_drawn_as_ever():
-    def build(default, share=0.5):
-        return build_examples(TRAIN, 90, MixtureConfig(default_layer_share=share), [7, 14, 21], default, 0)["layers"]
+    def build(readings, default, share=0.5):
+        return build_examples(TRAIN, 90, MixtureConfig(default_layer_share=share), readings, default, 0)["layers"]
 
-    pairs = [tuple(layers) for layers in build([7, 14])]
+    pairs = [tuple(layers) for layers in build([(7, 14), (7, 21), (14, 21)], [7, 14])]
     assert set(pairs) == {(7, 14), (7, 21), (14, 21)} and 30 < pairs.count((7, 14)) < 60
-    assert set(map(tuple, build([7, 14, 21], 0.0))) == {(7, 14, 21)}  # there is no other choice
-    assert build(14) == build([14]) and {layer for (layer,) in build(14)} == {7, 14, 21}
+    assert set(map(tuple, build([(7, 14, 21)], [7, 14, 21], 0.0))) == {(7, 14, 21)}  # there is no other choice
+    single = [(7,), (14,), (21,)]
+    assert build(single, 14) == build(single, [14]) and {layer for (layer,) in build(single, 14)} == {7, 14, 21}
+    assert set(map(tuple, build([*single, (7, 14, 21)], [7, 14, 21]))) == {(7,), (14,), (21,), (7, 14, 21)}
 
 
 def test_follow_ups_come_after_the_question_whose_answer_they_refer_to():

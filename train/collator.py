@@ -84,7 +84,7 @@ class LatentQACollator:
         if self.config.reads_text:  # nothing to inject: the visible turns themselves, or nothing where a slot would not be patched
             text = visible_text(rendered, span) if example["patched"] else ""
         first = self.config.first_position(span)
-        row = prompt.row(self.tokenizer, self.config.slot_token_id, len(span), example["layers"], pairs, first, text)
+        row = prompt.row(self.tokenizer, self.config.slot_token_id, len(span), self.config.blocks(example["layers"]), pairs, first, text)
         row["slots"] = [s and example["patched"] for s in row["slots"]]
         if max(len(rendered), max(row["position_ids"]) + 1) > self.context:
             raise LqaError(f"The example {example['id']!r} is longer than the model's context of {self.context} tokens; shorten it.")

@@ -13,16 +13,15 @@ A pair may have `after`, a list of earlier questions with their answers: it is a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 
 from datasets import Dataset
 
+from lqa.activations import Layer, layer_list
 from lqa.chat import render, resolve_span
 from lqa.conditioning import reference
-from lqa.config import Layer, layer_list
 from lqa.corpus import Control, load_messages, load_questions
 from lqa.corpus.completions import load_completions
 from lqa.corpus.readings import FORMS, control_chat
@@ -101,7 +100,7 @@ def build_examples(
     controls: tuple[Control, ...],
     n: int,
     mixture: MixtureConfig,
-    read_layers: list[int],
+    readings: Sequence[Sequence[int]],
     default_layer: Layer,
     seed: int,
     target: str = "",
@@ -109,7 +108,8 @@ def build_examples(
 ) -> Dataset:
     """n examples of the mixture's sources, each control equally often; the same arguments give the same examples.
 
-    default_layer  a list where several layers are read at once: as many as there are in it
+    readings       what can be read (DecoderConfig.readings)
+    default_layer  a list where several layers are read at once
     target     name of the target, whose tokens the rows of "context" must be counted in
     tokenizer  the target's; for the spans "part" and "token"
     Raises LqaError for a mixture that cannot be had.
@@ -130,7 +130,7 @@ def build_examples(
     if mixture.shuffled_activations and len(controls) < 2:
         raise LqaError("mixture.shuffled_activations needs at least two controls.")
     default = layer_list(default_layer)
-    others = [list(choice) for choice in combinations(read_layers, len(default)) if set(choice) != set(default)]
+    others = [list(choice) for choice in readings if set(choice) != set(default)]
     rows = []
     for _ in range(n):
         source = _pick(rng, mixture.sources)

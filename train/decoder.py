@@ -39,6 +39,7 @@ class TrainConfig:
     base: str | None = None  # None: the embedded model; else a folder or Hub id
     read_layers: list[int] = field(default_factory=list)  # 0-based blocks whose output is read
     layers_per_reading: int = 1  # several: a block of slots for each, so as many times the span's tokens in the decoder's row
+    merged: bool = False  # also all read layers at once in one block of slots, through one map of what changed at all of them
     default_layer: int | list[int] = 0  # where most examples are read, and answers by default; a list where several are read at once
     write_layer: int = 0  # block whose output is patched; -1 = the embeddings
     injection: str = "replace"
@@ -175,6 +176,7 @@ def make_sidecar(config: TrainConfig, parts: Parts, base: Base) -> DecoderConfig
         base={"name": base.name, "weights": base.weights, "fingerprint": base.fingerprint()},
         read_layers=layers,
         layers_per_reading=config.layers_per_reading,
+        merged=config.merged,
         default_layer=config.default_layer,
         write_layer=config.write_layer,
         injection=config.injection,
@@ -216,7 +218,7 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     n = config.examples or args.max_steps * batch
     default = sidecar.check_layers(None)
-    data = build_examples(train, n, mixture, sidecar.read_layers, default, args.seed, base.name, base.tokenizer)
+    data = build_examples(train, n, mixture, sidecar.readings, default, args.seed, base.name, base.tokenizer)
     evaluation = None
     if args.eval_strategy != "no":
         evaluation = build_validation(validation, config.validation_readings, mixture, default, args.seed)
@@ -258,9 +260,9 @@ def _projection(base, sidecar, controls, data, fitting, args, config: TrainConfi
     last = get_last_checkpoint(args.output_dir) if config.resume and Path(args.output_dir).is_dir() else None
     for folder in (last, config.warm_start):
         if folder and Path(folder, PROJECTION).is_file():
-            return Projection.load(folder, sidecar.read_layers, base.hidden_size, sidecar.conditioning)
+            return Projection.load(folder, sidecar.maps, base.hidden_size, sidecar.conditioning)
     if sidecar.conditioning == "projected" and fitting.start == "identity":
-        return identity(sidecar.read_layers, base.hidden_size)
+        return identity(sidecar.maps, base.hidden_size)
     centred = sidecar.conditioning == "centred"
     print(f"Fitting the projection on {f'{fitting.readings} readings' if centred else f'{len(controls)} controls'}.", file=sys.stderr)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from lqa.config import layer_list
+from lqa.activations import layer_list
 from lqa.errors import LqaError
 from train.decoder import TrainConfig, load_config, make_sidecar, parse_config
 
@@ -116,13 +116,13 @@ def tokens_of(config: TrainConfig, base) -> tuple[float, float, float]:
     from train.data import build_examples
 
     layers = list(range(config.layers_per_reading))  # whatever is counted, there are these blocks
-    config = replace(config, base=None, read_layers=layers, default_layer=layers, write_layer=0)
+    config = replace(config, base=None, read_layers=layers, default_layer=layers, write_layer=0, merged=False)
     parts = parse_config(config)
     collator = LatentQACollator(base.tokenizer, make_sidecar(config, parts, base), base.context)
     controls = corpus.share_of(corpus.load_controls("train"), parts.mixture.controls)
     mixture = replace(parts.mixture, sources={"latentqa": 1.0})  # the others are of about the same length, and counted in a target's tokens
     sums = [0, 0, 0]
-    for example in build_examples(controls, EXAMPLES, mixture, layers, layers, parts.args.seed, base.name, base.tokenizer):
+    for example in build_examples(controls, EXAMPLES, mixture, [layers], layers, parts.args.seed, base.name, base.tokenizer):
         row, passes = collator.row(example)
         found = (sum(len(ids) for ids, *_ in passes), len(row["input_ids"]), sum(label != IGNORE for label in row["labels"]))
         sums = [x + y for x, y in zip(sums, found, strict=True)]

@@ -58,8 +58,8 @@ def export(run: Path, out: Path, results: Path | None = None) -> None:
     config = DecoderConfig.load(run)
     if config.conditioning in MAPPED:
         width = next(iter(load_file(run / PROJECTION).values())).shape[0]
-        Projection.load(run, config.read_layers, width, config.conditioning, config.projection).save(out, torch.float16)
-        config = replace(config, projection=Projection.load(out, config.read_layers, width, config.conditioning).digest())
+        Projection.load(run, config.maps, width, config.conditioning, config.projection).save(out, torch.float16)
+        config = replace(config, projection=Projection.load(out, config.maps, width, config.conditioning).digest())
     if results is not None:
         config = with_results(config, results)
     config.save(out)

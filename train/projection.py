@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lqa.activations import capture
+from lqa.activations import Layer, capture, layer_list
 from lqa.chat import render, resolve_span
 from lqa.conditioning import Projection, reference
 from lqa.config import DecoderConfig
@@ -54,9 +54,10 @@ class ProjectionConfig:
         return self
 
 
-def identity(layers: list[int], width: int) -> Projection:
-    """The maps that change nothing."""
-    return Projection({k: (torch.eye(width), torch.zeros(width)) for k in layers})
+def identity(blocks: Sequence[Layer], width: int) -> Projection:
+    """The maps that change nothing; of merged layers, the mean."""
+    eyes = {k: torch.eye(width).repeat(1, len(layer_list(k))) / len(layer_list(k)) for k in blocks}
+    return Projection({k: (eye, torch.zeros(width)) for k, eye in eyes.items()})
 
 
 def fit_centre(base: Base, config: DecoderConfig, examples: Sequence[dict]) -> Projection:
@@ -77,7 +78,7 @@ def fit_centre(base: Base, config: DecoderConfig, examples: Sequence[dict]) -> P
 def fit_projection(
     base: Base, config: DecoderConfig, controls: tuple[Control, ...], how: ProjectionConfig, seed: int, shuffled: bool = False
 ) -> Projection:
-    """The maps of `config.read_layers` for `controls`; the same arguments give the same maps.  Raises LqaError for too little data.
+    """The maps of `config.maps` for `controls`; the same arguments give the same maps.  Raises LqaError for too little data.
 
     shuffled   every control's readings are to predict the text of one far from it: the maps of a fake (mixture.shuffled_activations)
     """
@@ -97,13 +98,15 @@ def fit_projection(
         wanted = wanted.roll(len(wanted) // 2, 0)  # far off: neighbours in the corpus are alike
     centre = wanted.mean(0)
     d = base.hidden_size
-    sums = {k: [torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), 0]
-            for k in config.read_layers}  # fmt: skip
+    sums = {}
+    for k in config.maps:
+        e = d * len(layer_list(k))
+        sums[k] = [*(torch.zeros(size, dtype=torch.float64) for size in ((e,), (e, e), (e, d))), 0]
     for part in _by_length(readings, lambda r: len(r[0])):
         acts, others = (_capture(base, [r[i] for r in part], config.read_layers) for i in (0, 2))  # apart: references are short
         for k, (first, second, cross, _) in sums.items():
             for i, (_, span, _, places, which) in enumerate(part):
-                x = (acts[k][i, span] - others[k][i, places]).double()
+                x = torch.cat([acts[j][i, span] - others[j][i, places] for j in layer_list(k)], 1).double()
                 first += x.sum(0)
                 second += x.T @ x
                 cross += x.sum(0).outer(wanted[which] - centre)
@@ -115,7 +118,7 @@ def fit_projection(
         spread = covariance.diagonal().clamp_min(1e-12).sqrt()
         cross = (cross / n - mean.outer(_mean_target(readings, wanted, centre))) / spread[:, None]
         correlation = covariance / spread.outer(spread)
-        solved = torch.linalg.solve(correlation + how.ridge * torch.eye(d, dtype=torch.float64), cross)
+        solved = torch.linalg.solve(correlation + how.ridge * torch.eye(len(mean), dtype=torch.float64), cross)
         weight = how.scale * (solved / spread[:, None]).T
         maps[k] = (weight.float(), (centre - weight @ mean).float())
     return Projection(maps)

@@ -112,7 +112,7 @@ class LatentQATrainer(SFTTrainer):
         config = self.decoder_config
         how = (config.conditioning, config.conditioning_constant, self.projection)
         rows = [
-            condition(rows[i], other and rows[other[0]], other and other[1], inputs["read_layers"][i], *how)
+            condition(rows[i], other and rows[other[0]], other and other[1], config.blocks(inputs["read_layers"][i]), *how)
             for i, other in enumerate(inputs["read_references"])
         ]
         if "cache_paths" in inputs:

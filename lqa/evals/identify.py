@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from lqa.activations import Layer, layer_name
 from lqa.chat import render, resolve_span
-from lqa.config import Layer, layer_name
 from lqa.corpus.readings import FORMS, control_chat
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
+from lqa.activations import Layer, layer_name
 from lqa.chat import Rendered, render
-from lqa.config import Layer, layer_name
 from lqa.decoder import Reading
 from lqa.errors import LqaError
 from lqa.evals import batch

@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lqa.activations import Passes
-from lqa.config import Layer
+from lqa.activations import Layer, Passes
 from lqa.corpus.readings import FORMS
 from lqa.decoder import LatentDecoder, Reading
 from lqa.evals.statistics import bootstrap

@@ -44,12 +44,12 @@ class ControlLoss:
         self._rows: dict[tuple[int, tuple[int, ...]], dict] = {}
 
     def __call__(self, injected: Tensor, layers: Sequence[int]) -> Tensor:
-        """A scalar for what is injected (L * N, D), a block for each of `layers`; differentiable in it.
+        """A scalar for what is injected (B * N, D) for `layers`; differentiable in it.
 
         Raises LqaError if the pairs do not fit the context.
         """
         decoder, base, config = self.decoder, self.decoder.base, self.decoder.config
-        row = self._row(len(injected) // len(layers), tuple(layers))
+        row = self._row(len(injected) // len(config.blocks(layers)), tuple(layers))
         with torch.autocast(base.device.type, torch.bfloat16, enabled=self.autocast):
             with base.using(decoder.adapter) as model, Injection(base, config.write_layer, config.operation) as injection:
                 with injection.armed(row["slots"], injected), bypassed(base.blocks[: config.write_layer + 1]):
@@ -62,7 +62,7 @@ class ControlLoss:
         return self(self.injected(h, chat, layers), layers)
 
     def injected(self, h: dict[int, Tensor], chat: Neutral, layers: Sequence[int]) -> Tensor:
-        """What the decoder gets of h: (L * N, D).
+        """What the decoder gets of h: (B * N, D).
 
         With `hidden` they are conditioned as the sidecar says, the unsteered target's activations of the same chat being the reference:
         to the decoder, the steering is a context that is hidden.  Without, they go in as those of a chat that hides nothing.
@@ -70,7 +70,7 @@ class ControlLoss:
         config = self.decoder.config
         how = (config.conditioning, config.conditioning_constant, self.decoder.projection)
         own, h0 = (torch.cat([acts[k] for k in layers]) if acts else None for acts in (h, chat.h0 if self.hidden else None))
-        return condition(own, h0, None, layers, *how)
+        return condition(own, h0, None, config.blocks(layers), *how)
 
     def _row(self, slots: int, layers: tuple[int, ...]) -> dict:
         if (slots, layers) not in self._rows:
@@ -79,7 +79,7 @@ class ControlLoss:
 
     def _build(self, slots: int, layers: Sequence[int]) -> dict:
         decoder, base, config = self.decoder, self.decoder.base, self.decoder.config
-        lists = config.prompt.row(base.tokenizer, config.slot_token_id, slots, layers, self.qa)
+        lists = config.prompt.row(base.tokenizer, config.slot_token_id, slots, config.blocks(layers), self.qa)
         decoder.check_room(max(lists["position_ids"]) + 1, 0)
         row = {key: torch.tensor([values], device=base.device) for key, values in lists.items()}
         places = (row["labels"][0, 1:] != IGNORE).nonzero().squeeze(1)

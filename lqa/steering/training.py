@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lqa.activations import Layer, layer_name
 from lqa.chat import check_text
-from lqa.config import Layer, layer_name
 from lqa.errors import LqaError
 from lqa.provenance import code_version
 from lqa.steering.loss import ControlLoss, divergence
@@ -92,8 +92,11 @@ class Settings:
 
     def readings(self, decoder) -> list[tuple[int, ...]]:
         """The layers of every reading.  Raises LqaError for what the decoder does not read."""
-        named = self.layers or (decoder.config.readings if self.method == "per-layer" else [None])
-        return sorted(map(decoder.config.check_layers, named))
+        config = decoder.config
+        single = [layers for layers in config.readings if not (config.merged and len(layers) > 1)]
+        # Merged layers tell of what is hidden; of what is visible their block holds the middle one alone.
+        default = [config.check_layers(None)] if not config.merged or self.hidden else [single[len(single) // 2]]
+        return sorted(map(config.check_layers, self.layers or (single if self.method == "per-layer" else default)))
 
     def read_layers(self, decoder) -> list[int]:
         """All layers that are read, ascending."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from lqa.config import Layer, layer_list
+from lqa.activations import Layer, layer_list
 
 STATIC = Path(__file__).parent / "static"
 PAGE_CSS = STATIC / "page.css"

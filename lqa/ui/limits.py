@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lqa.activations import layer_list
 from lqa.chat import Chat, check_chat
-from lqa.config import layer_list
 from lqa.errors import LqaError
 
 MAX_TURNS = 12

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import gradio as gr
 import spaces
 
+from lqa.activations import Layer
 from lqa.chat import Chat, Rendered, render
-from lqa.config import Layer
 from lqa.decoder import EMBEDDED_DECODER, Answer, Grounding, LatentDecoder, Reading, TokenScore
 from lqa.errors import LqaError
 from lqa.ui.components import GPU, PRIVATE, QUICK, chips_view, component, fixed, layer_choice, layer_control, stops
