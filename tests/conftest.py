@@ -26,6 +26,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from lqa.activations import layer_list
 from lqa.chat import render, resolve_span
 from lqa.conditioning import MAPPED, Projection
 from lqa.config import DecoderConfig, default_prompt
@@ -262,8 +263,8 @@ def decoder_folder(tiny, config_for, tmp_path_factory):
         config.save(folder)
         if config.conditioning in MAPPED:
             width, centred = base.hidden_size, config.conditioning == "centred"
-            maps = {k: (None if centred else torch.randn(width, width), torch.randn(width)) for k in config.read_layers}
-            Projection(maps).save(folder)
+            inputs = {k: width * len(layer_list(k)) for k in config.maps}
+            Projection({k: (None if centred else torch.randn(width, n), torch.randn(width)) for k, n in inputs.items()}).save(folder)
         return folder
 
     return build

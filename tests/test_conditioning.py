@@ -201,15 +201,16 @@ def test_a_reference_without_the_visible_turns_or_without_use_is_refused(tiny_de
 
 HOW = [{"conditioning": "amplified", "conditioning_constant": 3.0}, {"conditioning": "projected"}, {"conditioning": "centred"}]
 HOW += [{"conditioning": "projected", "layers_per_reading": 2, "default_layer": [0, 1]}]
+HOW += [{"conditioning": "projected", "merged": True, "default_layer": [0, 1]}]
 
 
-@pytest.mark.parametrize("how", HOW, ids=lambda how: f"{how['conditioning']}-{how.get('layers_per_reading', 1)}")
+@pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(map(str, how.values())))
 def test_trainer_and_decoder_inject_the_same(tiny, config_for, tiny_decoder, examples, how):
     from train.trainer import LatentQATrainer
 
     base = tiny("smol")
     collator = LatentQACollator(base.tokenizer, config_for(base, **how), base.context)
-    rows = examples(5, patched=True, **({"layers": [0, 1]} if "layers_per_reading" in how else {}))
+    rows = examples(5, patched=True, **({"layers": [0, 1]} if "default_layer" in how else {}))
     rows[0] |= {"span": "all"}  # nothing hidden
     batch = collator(rows)
     trainer = LatentQATrainer.__new__(LatentQATrainer)  # only its reading is wanted
@@ -220,7 +221,8 @@ def test_trainer_and_decoder_inject_the_same(tiny, config_for, tiny_decoder, exa
     readings = [decoder.read(r["chat"], r["span"], r["layers"]) for r in rows]
     assert torch.allclose(injected, torch.cat([r.injected for r in readings]), atol=1e-4)
     for row, reading in zip(rows, readings, strict=True):
-        assert torch.equal(reading.injected, reading.activations) == (row["span"] == "all" and how["conditioning"] != "centred")
+        as_they_are = reading.activations[-len(reading.injected) :]  # of merged layers (0, 1), the upper one
+        assert torch.equal(reading.injected, as_they_are) == (row["span"] == "all" and how["conditioning"] != "centred")
     assert injected.shape[0] == int(batch["slots"].sum())
 
 

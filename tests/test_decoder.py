@@ -12,13 +12,14 @@ from lqa.injection import Injection
 CHAT = [{"role": "system", "content": "Speak like a pirate."}, {"role": "user", "content": "Who is it in the city?"}]
 QUESTIONS = ["How will the assistant speak?", "Who is it?", "What does the person want to cook in France?"]
 BOTH = {"layers_per_reading": 2, "default_layer": [0, 1]}
+MERGED = {"conditioning": "projected", "merged": True, "default_layer": [0, 1]}
 FAMILIES = ["smol", "llama", "qwen3", "gemma3", "mistral", "gptoss"]
 
 
 def naive_answer(decoder, reading, question, n):
     """A full forward pass per token over prompt, question and answer so far, patched every time; no cache, no batch."""
     tokenizer, config = decoder.base.tokenizer, decoder.config
-    ids, slots = config.prompt.prefix(tokenizer, config.slot_token_id, len(reading.span), reading.layers)
+    ids, slots = config.prompt.prefix(tokenizer, config.slot_token_id, len(reading.span), reading.blocks)
     ids, out = ids + config.prompt.question(tokenizer, question), []
     for _ in range(n):
         batch = torch.tensor([ids + out])
@@ -36,7 +37,7 @@ def hooks(base) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.model.modules())
 
 
-@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("smol", BOTH)])
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("smol", BOTH), ("smol", MERGED)])
 def test_answers_are_those_of_the_naive_way(tiny_decoder, family, changes):
     decoder = tiny_decoder(family, **changes)
     reading = decoder.read(CHAT, "turn:-1")
@@ -72,6 +73,28 @@ def test_a_reading_of_several_layers_is_the_blocks_of_each(tiny_decoder, conditi
     assert all(part.score(QUESTIONS[0], answers)[0].logprob != scores[0].logprob for part in parts)
     with pytest.raises(LqaError, match="cannot read layer 1; it supports the layers 0, 1 \\(2 a reading\\)"):
         both.read(CHAT, "turn:-1", 1)
+
+
+def test_merged_layers_are_one_block_that_one_map_fills_from_all_of_them(tiny_decoder):
+    decoder = tiny_decoder(**MERGED)
+    reading, parts = decoder.read(CHAT, "turn:-1"), [decoder.read(CHAT, "turn:-1", k) for k in (0, 1)]
+    assert reading.layer == (0, 1) and [part.layer for part in parts] == [0, 1]
+    assert torch.equal(reading.activations, torch.cat([part.activations for part in parts]))
+    changes = []
+    for part in parts:
+        weight, bias = decoder.projection.maps[part.layer]
+        changes.append((part.injected.double() - bias) @ torch.linalg.inv(weight.double()).T)
+    weight, bias = decoder.projection.maps[0, 1]
+    expected = torch.cat(changes, 1) @ weight.double().T + bias
+    torch.testing.assert_close(reading.injected.double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    ids, slots = reading._prompt_ids()
+    assert sum(slots) == len(reading.span) == len(reading.injected) and "Layer 0, 1:" in decoder.base.tokenizer.decode(ids)
+    assert "Layer 1:" in decoder.base.tokenizer.decode(parts[1]._prompt_ids()[0])
+    visible = decoder.read(CHAT)  # nothing is hidden
+    assert torch.equal(visible.injected, decoder.read(CHAT, layer=1).activations)
+    assert reading.score(QUESTIONS[0], ["Formally."]) != parts[1].score(QUESTIONS[0], ["Formally."])
+    with pytest.raises(LqaError, match="cannot read layer 7; it supports the layers 0, 1 \\(1 or all a reading\\)"):
+        decoder.read(CHAT, layer=7)
 
 
 def test_a_list_of_one_layer_is_that_layer(tiny_decoder):
@@ -380,12 +403,12 @@ def test_references_differ_in_content_and_not_in_kind(tiny_decoder):
     """Where a reading hides nothing, neither does the donor."""
     from lqa.grounding import DONOR_CHAT, donor_activations, map_linearly
 
-    for changes in ({}, BOTH):
-        decoder = tiny_decoder(conditioning="projected", **changes)
+    for changes in ({}, BOTH, MERGED):
+        decoder = tiny_decoder(**{"conditioning": "projected"} | changes)
         for span, theirs in (("turn:-1", "turn:-1"), ("all", "all")):
             reading = decoder.read(CHAT, span)
             donor = decoder.read(DONOR_CHAT, theirs)
             assert reading.conditioned == donor.conditioned == (span != "all")
-            blocks = [map_linearly(block, len(reading.span)) for block in donor.injected.chunk(len(reading.layers))]
+            blocks = [map_linearly(block, len(reading.span)) for block in donor.injected.chunk(len(reading.blocks))]
             assert torch.equal(donor_activations(reading), torch.cat(blocks)) and len(blocks[0]) == len(reading.span)
         assert reading.ask(QUESTIONS[0], grounding=True, max_new_tokens=2)[0].grounding.shuffled is not None

@@ -10,9 +10,13 @@ QUESTION, ANSWERS = "How will the assistant speak?", ["Like a pirate.", "Formall
 
 
 BOTH = {"layers_per_reading": 2, "default_layer": [0, 1]}
+MERGED = {"conditioning": "projected", "merged": True, "default_layer": [0, 1]}
 
 
-@pytest.mark.parametrize(("changes", "layers"), [({}, [0, 1]), ({"conditioning": "projected"}, [0, 1]), (BOTH, [(0, 1)])])
+CASES = [({}, [0, 1]), ({"conditioning": "projected"}, [0, 1]), (BOTH, [(0, 1)]), (MERGED, [0, 1, (0, 1)])]
+
+
+@pytest.mark.parametrize(("changes", "layers"), CASES)
 def test_a_cell_is_a_reading_of_one_token(tiny_decoder, changes, layers):
     decoder = tiny_decoder(**changes)
     parts = list(scan(decoder, CHAT, QUESTION, ANSWERS, batch=5))

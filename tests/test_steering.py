@@ -27,6 +27,7 @@ CHAT = [{"role": "user", "content": "What will the weather be like in the city?"
 SYSTEM = [{"role": "system", "content": "Speak like a pirate."}, *CHAT]
 FAST = {"steps": 4, "batch": 1, "chats": 3, "held_out": 1, "evaluate": 2, "rank": 2, "learning_rate": 0.05, "autocast": False}
 BOTH = {"layers_per_reading": 2, "default_layer": [0, 1]}
+MERGED = {"conditioning": "projected", "merged": True, "default_layer": [0, 1]}
 FAST |= {"patience": 2, "certainty": None, "kl": 1.0}
 
 
@@ -67,9 +68,12 @@ def plain_loss(decoder, h, h0, layers, hidden):
     """-log p_D(a | q, injection(h_k for k of layers)) pair by pair, each by one whole forward pass of its own."""
     base, config, losses = decoder.base, decoder.config, []
     how = (config.conditioning, config.conditioning_constant, decoder.projection)
-    values = torch.cat([condition(h[k], h0[k], None, [k], *how) if hidden else h[k] for k in layers])
+    if config.merged:
+        values = decoder.projection(torch.cat([h[k] - h0[k] for k in layers], 1), layers)
+    else:
+        values = torch.cat([condition(h[k], h0[k], None, [k], *how) if hidden else h[k] for k in layers])
     for question, answer in QA:
-        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(h[layers[0]]), layers)
+        ids, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(h[layers[0]]), config.blocks(layers))
         answer = config.prompt.answer(base.tokenizer, answer)
         ids = ids + config.prompt.question(base.tokenizer, question) + answer
         slots = torch.tensor([slots + [False] * (len(ids) - len(slots))])
@@ -90,12 +94,13 @@ def plain_loss(decoder, h, h0, layers, hidden):
         ({"write_layer": -1}, False, "per-layer"),
         (BOTH | {"conditioning": "projected"}, True, "joint"),
         (BOTH, False, "per-layer"),
+        (MERGED, True, "joint"),
     ],
 )
 def test_gradient_is_that_of_the_formula(tiny_decoder, family, changes, hidden, method):
     decoder = tiny_decoder(family, **changes)
     base, weight = decoder.base, 0.7
-    layers = ([0, 1],) if "layers_per_reading" in changes else (0, 1)
+    layers = ([0, 1],) if "default_layer" in changes else (0, 1)
     changed = {"method": method, "layers": layers, "hidden": hidden, "kl": weight, "span": "turn:-1"}
     settings = steering.Settings(**FAST | changed)
     training = Training(decoder, QA, settings)

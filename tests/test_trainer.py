@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 import train.trainer
 from lqa import LatentDecoder, corpus
+from lqa.activations import layer_list
 from lqa.conditioning import Projection
 from lqa.config import SIDECAR, DecoderConfig
 from lqa.errors import LqaError
@@ -336,6 +337,18 @@ def test_several_layers_are_read_at_once_from_training_to_answers(entry, tiny):
     assert len(reading.injected) == 2 * len(reading.span) and reading.ask("Who is it?", max_new_tokens=2)[0].question
 
 
+def test_merged_layers_are_read_from_training_to_answers(entry, tiny):
+    path, out = entry
+    flags = ["merged=true", "default_layer=[0, 1]", "conditioning=projected", "projection.messages=1", "mixture.controls=0.1"]
+    assert main(["--config", str(path), *flags]) == 0
+    export(out, out.parent / "decoder")
+    decoder = LatentDecoder.from_pretrained(out.parent / "decoder", base=tiny("llama", max_position_embeddings=4096))
+    assert decoder.config.merged and decoder.config.readings == [(0,), (1,), (0, 1)]
+    assert decoder.projection.maps[0, 1][0].shape == (32, 64)
+    reading = decoder.read([{"role": "system", "content": "Speak like a pirate."}, {"role": "user", "content": "Who?"}], "user")
+    assert reading.layer == (0, 1) and len(reading.injected) == len(reading.span)
+
+
 def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     path, out = entry
     first = ["conditioning=projected", "projection.messages=1"]
@@ -497,7 +510,7 @@ def test_the_committed_configs_are_of_the_known_form():
     assert configs
     for path in configs:
         config = load_config(path, [])
-        assert config.default_layer in config.read_layers
+        assert set(layer_list(config.default_layer)) <= set(config.read_layers)
 
 
 def test_the_seed_decides_everything(entry):
