@@ -59,7 +59,14 @@ def layer_control(config, elem_id: str) -> gr.Radio | gr.Dropdown:
     return control(choices, value=config.default_layer, label="Layer", min_width=260, scale=1, elem_id=elem_id)
 
 
-def stops(button: gr.Button, stopped, shown: gr.HTML, events: list) -> None:
-    """Makes the button cancel `events`; `stopped` says so in what is shown."""
-    # Twice: a step that was on its way when the button was pressed may arrive after the first.
-    button.click(stopped, shown, shown, cancels=events, **QUICK).then(stopped, shown, shown, **QUICK)
+def _turned(stage: str) -> str:
+    """JavaScript that gives a view another stage, unless nothing is going on in it."""
+    return "(view) => (['idle', 'done', 'stopped'].includes(view?.stage) ? view : {...view, stage: '" + stage + "'})"
+
+
+def stops(button: gr.Button, shown: gr.HTML, events: list) -> None:
+    """Makes the button cancel `events`, which are drawn in `shown`: its stage is "stopping", then "stopped"."""
+    button.click(None, shown, shown, js=_turned("stopping"), cancels=events, **QUICK)
+    # Not before the run itself has ended: until then its last steps may still be on their way, and a new one would not begin.
+    for event in events:
+        event.then(None, shown, shown, js=_turned("stopped"), **QUICK)

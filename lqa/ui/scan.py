@@ -79,11 +79,6 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
     return Handlers(run, pick)
 
 
-def stopped(view):
-    """The heatmap after Stop."""
-    return view | {"stage": "stopped"} if isinstance(view, dict) and view.get("stage") == WORKING else gr.skip()
-
-
 def scan_tab(decoder: LatentDecoder, chat: gr.HTML, read: Read, tabs: gr.Tabs) -> None:
     """Builds the tab."""
     handlers = make_handlers(decoder)
@@ -104,5 +99,5 @@ def scan_tab(decoder: LatentDecoder, chat: gr.HTML, read: Read, tabs: gr.Tabs) -
     heat = component("heat", scan_view(), "heat")
     inputs = [chat, read.strip, question, answers, what, heat]
     running = go.click(handlers.scan, inputs, [heat, notice], trigger_mode="once", **GPU, **PRIVATE)
-    stops(stop, stopped, heat, [running])
+    stops(stop, heat, [running])
     heat.select(handlers.pick, [heat, chat], [tabs, read.strip, read.layer, read.questions, notice], **QUICK)

@@ -69,11 +69,6 @@ def make_watch(decoder: LatentDecoder) -> Callable:
     return watch
 
 
-def stopped(view):
-    """The drawing after Stop."""
-    return view | {"stage": "stopped"} if isinstance(view, dict) and view.get("stage") == WORKING else gr.skip()
-
-
 def watch_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
     """Builds the tab."""
     fixed(
@@ -102,4 +97,4 @@ def watch_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
     drawing = component("watch", watch_view(), "drawing")
     inputs = [chat, question, answers, what, layer, drawing]
     running = go.click(make_watch(decoder), inputs, [drawing, notice], trigger_mode="once", **GPU, **PRIVATE)
-    stops(stop, stopped, drawing, [running])
+    stops(stop, drawing, [running])

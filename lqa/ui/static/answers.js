@@ -5,7 +5,7 @@ const REFERENCES = {
   shuffled: ["Another chat's activations", "The decoder, reading a chat about something else"],
   text_only: ["Visible text only", "The bare model, shown the selected turns as text"],
 };
-const STAGES = { reading: "The model reads the chat …", answers: "The decoder answers …", grounding: "Grounding …", references: "References …", stopped: "Stopped" };
+const STAGES = { reading: "The model reads the chat …", answers: "The decoder answers …", grounding: "Grounding …", references: "References …", stopping: "Stopping …", stopped: "Stopped" };
 const GAIN = 3;  // nats: the strongest colour
 const LITTLE = 0.1;  // nats per token: no more than this is little
 

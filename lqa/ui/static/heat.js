@@ -1,6 +1,6 @@
 // Tokens and layers: under each token a cell for every layer, coloured by an answer's probability.
 const root = element.querySelector(".lqa-heat");
-const STAGES = { scanning: "scanning …", stopped: "stopped", done: "" };
+const STAGES = { scanning: "scanning …", stopping: "stopping …", stopped: "stopped", done: "" };
 const head = make("div", "head"), status = make("div", "status"), field = make("div", "field"), legend = make("div", "legend");
 status.setAttribute("role", "status");
 root.replaceChildren(head, legend, field, status);
