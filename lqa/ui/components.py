@@ -59,14 +59,17 @@ def layer_control(config, elem_id: str) -> gr.Radio | gr.Dropdown:
     return control(choices, value=config.default_layer, label="Layer", min_width=260, scale=1, elem_id=elem_id)
 
 
-def _turned(stage: str) -> str:
-    """JavaScript that gives a view another stage, unless nothing is going on in it."""
-    return "(view) => (['idle', 'done', 'stopped'].includes(view?.stage) ? view : {...view, stage: '" + stage + "'})"
+_BUSY = "!['idle', 'done', 'stopped'].includes(view?.stage)"
+WAITING = "(view) => ({...view, waiting: true})"  # until the first of what the run shows, which may be queued behind others
+STOPPING = f"(view) => ({_BUSY} ? {{...view, stage: 'stopping'}} : view)"
+ENDED = f"(view) => ({{...view, waiting: false, stage: {_BUSY} ? 'stopped' : view.stage}})"
 
 
-def stops(button: gr.Button, shown: gr.HTML, events: list) -> None:
-    """Makes the button cancel `events`, which are drawn in `shown`: its stage is "stopping", then "stopped"."""
-    button.click(None, shown, shown, js=_turned("stopping"), cancels=events, **QUICK)
-    # Not before the run itself has ended: until then its last steps may still be on their way, and a new one would not begin.
-    for event in events:
-        event.then(None, shown, shown, js=_turned("stopped"), **QUICK)
+def runs(triggers: list, fn, inputs, outputs: list, shown: gr.HTML, stop: gr.Button, **options):
+    """Wires a run of some seconds, which is drawn in `shown` (a view with a "stage"): what begins it, and the button that cancels it."""
+    gr.on(triggers, None, shown, shown, js=WAITING, **QUICK)
+    run = gr.on(triggers, fn, inputs, outputs, trigger_mode="once", **PRIVATE, **options)
+    stop.click(None, shown, shown, js=STOPPING, cancels=[run], **QUICK)
+    # Stopped only when the run itself has ended: until then its last steps may be on their way, and no new one would begin.
+    run.then(None, shown, shown, js=ENDED, **QUICK)
+    return run

@@ -17,7 +17,7 @@ import spaces
 from lqa.chat import Chat, Rendered, render
 from lqa.decoder import EMBEDDED_DECODER, Answer, Grounding, LatentDecoder, Reading, TokenScore
 from lqa.errors import LqaError
-from lqa.ui.components import GPU, PRIVATE, QUICK, chips_view, component, fixed, layer_control, stops
+from lqa.ui.components import GPU, QUICK, chips_view, component, fixed, layer_control, runs
 from lqa.ui.examples import CHATS, suggestions
 from lqa.ui.limits import (
     MAX_FOLLOW_UPS,
@@ -237,8 +237,7 @@ def read_tab(decoder: LatentDecoder, handlers: Handlers, chat: gr.HTML) -> Read:
     answers = component("answers", answers_view(), "answers")
 
     inputs, outputs = [chat, strip, questions, layer, answers], [strip, answers, notice]
-    asked = gr.on([ask.click, questions.submit], handlers.ask, inputs, outputs, trigger_mode="once", **GPU, **PRIVATE)
-    further = answers.submit(handlers.follow_up, answers, [answers, notice], trigger_mode="once", **GPU, **PRIVATE)
-    stops(stop, answers, [asked, further])
+    runs([ask.click, questions.submit], handlers.ask, inputs, outputs, answers, stop, **GPU)
+    runs([answers.submit], handlers.follow_up, answers, [answers, notice], answers, stop, **GPU)
     chips.select(toggle_question, [chips, questions], questions, **QUICK)
     return Read(strip, layer, questions, answers, notice)

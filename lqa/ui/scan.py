@@ -12,7 +12,7 @@ from lqa.chat import render
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
 from lqa.scan import scan
-from lqa.ui.components import GPU, PRIVATE, QUICK, component, fixed, stops
+from lqa.ui.components import GPU, QUICK, component, fixed, runs
 from lqa.ui.limits import MAX_ANSWERS, MAX_SCANNED, check_answers, check_question, check_turns
 from lqa.ui.read import Read
 from lqa.ui.tokens import follow, token_view, tokens_of
@@ -98,6 +98,5 @@ def scan_tab(decoder: LatentDecoder, chat: gr.HTML, read: Read, tabs: gr.Tabs) -
     notice = component("notice", "", "scan-notice")
     heat = component("heat", scan_view(), "heat")
     inputs = [chat, read.strip, question, answers, what, heat]
-    running = go.click(handlers.scan, inputs, [heat, notice], trigger_mode="once", **GPU, **PRIVATE)
-    stops(stop, heat, [running])
+    runs([go.click], handlers.scan, inputs, [heat, notice], heat, stop, **GPU)
     heat.select(handlers.pick, [heat, chat], [tabs, read.strip, read.layer, read.questions, notice], **QUICK)

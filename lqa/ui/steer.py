@@ -23,7 +23,7 @@ import spaces
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
 from lqa.steering import SIDECAR, Progress, Steering, check_pairs, read_sidecar, write_pairs
-from lqa.ui.components import GPU, PRIVATE, QUICK, component, fixed, stops
+from lqa.ui.components import GPU, PRIVATE, QUICK, component, fixed, runs
 from lqa.ui.limits import MAX_ANSWER_TEXT, MAX_PAIRS, MAX_REPLY, MAX_STEPS, check_control, check_turns
 
 PRESETS = Path(__file__).parents[2] / "steerings"
@@ -334,8 +334,7 @@ def steer_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
     control.input(list, None, table, trigger_mode="always_last", **QUICK)
     write.click(handlers.pairs, control, [table, notice], trigger_mode="once", **GPU, **PRIVATE)
     inputs, outputs = [control, table, steps, curve, folder], [curve, folder, table, preset, notice]
-    training = go.click(handlers.train, inputs, outputs, trigger_mode="once", **STEER, **PRIVATE)
-    stops(stop, curve, [training])
+    training = runs([go.click], handlers.train, inputs, outputs, curve, stop, **STEER)
     training.then(handlers.archive, [preset, folder], download, **QUICK)
     inputs = [chat, message, preset, folder, strength, sample, seed]
     comparing = compare.click(handlers.compare, inputs, [plain, steered, notice], trigger_mode="once", **GPU, **PRIVATE)

@@ -163,7 +163,8 @@ function update() {
     item.follow_ups.forEach((other, j) => fillIn(parts[i].others[j], other, j === asking && !other.references ? value.stage : "done"));
     parts[i].form.hidden = !settled || !item.text || item.follow_ups.length >= value.most;
   });
-  set(status, value.items.length ? [value.note, STAGES[value.stage]].filter(Boolean).join(" · ") : "The answers will be written here.");
+  const going = value.waiting ? "Waiting for the model …" : STAGES[value.stage];
+  set(status, value.items.length ? [value.note, going].filter(Boolean).join(" · ") : going || "The answers will be written here.");
   legend.hidden = !value.items.length;  // it keeps its place from the start, so that nothing moves when the colours come
   legend.style.visibility = value.items.some((item) => item.words) ? "" : "hidden";
   tools.hidden = !value.reading || !settled;

@@ -82,7 +82,7 @@ function paint() {
   }
   if (!cursor || cursor.disabled) cursor = order.find((cell) => !cell.disabled) || null;
   order.forEach((cell) => { cell.tabIndex = cell === cursor ? 0 : -1; });
-  set(status, [view.note, STAGES[view.stage]].filter(Boolean).join(" · "));
+  set(status, [view.note, view.waiting ? "waiting for the model …" : STAGES[view.stage]].filter(Boolean).join(" · "));
 }
 
 head.addEventListener("keydown", (event) => {

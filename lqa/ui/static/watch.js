@@ -75,7 +75,7 @@ function update() {
     if (!said.children[i]) said.append(make("li", ""));
     set(said.children[i], "after " + point.at + " tokens: " + (point.text || "(no words)"));
   });
-  set(status, [view.note, STAGES[view.stage]].filter(Boolean).join(" · "));
+  set(status, [view.note, view.waiting ? "waiting for the model …" : STAGES[view.stage]].filter(Boolean).join(" · "));
 }
 watch("value", update);
 update();
