@@ -684,6 +684,9 @@ def test_the_public_endpoints(url, decoder):
         assert row == {"text": score.text} | {
             name: pytest.approx(x) for name, x in (("logprob", score.logprob), ("logprob_none", score.logprob_none), ("probability", p))
         }
+    result = client.predict(CONTROL, USER, "", 3.0, 5, api_name="/steer")
+    assert result["baseline"] == decoder.generate([{"role": "user", "content": USER}], max_new_tokens=96) != result["steered"]
+    assert result["qa"][0][1] == CONTROL and 1 <= result["steps"] <= 5 and result["loss"] > 0
 
     wrong = [
         ((SYSTEM, USER, QUESTION, "everything"), "/read", "not understood"),
