@@ -643,7 +643,7 @@ def test_steering_from_ready_made_to_own(page, decoder):
 
     page.click("#own .label-wrap")
     page.wait_for_selector("#curve [data-stage=done] .line")
-    page.locator("#pairs td:visible").nth(1).dblclick()  # its own text is the first answer
+    page.locator("#pairs [data-testid=cell-0-1]").dblclick()  # its own text is the first answer
     page.keyboard.press("Control+a")
     page.keyboard.type("It is a doctor.")
     page.keyboard.press("Enter")
@@ -652,7 +652,7 @@ def test_steering_from_ready_made_to_own(page, decoder):
     page.wait_for_selector("#curve [data-stage=training]")
     page.wait_for_selector("#curve [data-stage=done]")
     assert page.locator("#preset input:checked").get_attribute("value") == steer_page.OWN
-    assert "It is a doctor." in page.locator("#pairs td:visible").nth(1).text_content()
+    assert "It is a doctor." in page.locator("#pairs [data-testid=cell-0-1]").text_content()
     page.fill("#control textarea", "Speak formally.")  # the pairs of another control go away
     page.wait_for_function("() => !document.querySelector('#pairs').textContent.includes('doctor')")
 

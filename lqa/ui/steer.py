@@ -294,6 +294,7 @@ def steer_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
             row_count=1,
             interactive=True,
             wrap=True,
+            column_widths=["42%", "58%"],
             label="What the decoder shall read (empty: it writes this itself)",
             elem_id="pairs",
         )
