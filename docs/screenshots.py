@@ -94,13 +94,24 @@ def watch_words(page: Page) -> None:
     page.wait_for_function("() => document.querySelectorAll('#drawing .said li').length >= 4")
 
 
-def steer(page: Page) -> None:
-    page.locator("#chat textarea").nth(0).fill("")
+def train(page: Page) -> None:
     tab(page, "Steer")
     if page.locator("#own .label-wrap.open").count() == 0:
         page.click("#own .label-wrap")
+    page.fill("#control textarea", "Answer as a cheerful pirate who loves the sea.")
     page.click("#train")
-    page.wait_for_selector("#curve [data-stage=done]")
+
+
+def steer_working(page: Page) -> None:
+    train(page)
+    page.wait_for_function("() => document.querySelectorAll('#curve .dot').length >= 2")
+
+
+def steer(page: Page) -> None:
+    tab(page, "Steer")
+    if not page.locator("#preset:visible").count():
+        train(page)
+        page.wait_for_selector("#curve [data-stage=done]")
     page.click("#compare")
     page.wait_for_function("() => document.querySelector('#steered textarea').value.length > 200")
 
@@ -129,6 +140,7 @@ SHOTS = {  # name: (what is done, viewport, colour scheme)
     "watch": (watch, WIDE, "light"),
     "watch-words": (watch_words, WIDE, "dark"),
     "steer-empty": (steer_empty, WIDE, "dark"),
+    "steer-working": (steer_working, WIDE, "light"),
     "steer": (steer, WIDE, "light"),
     "steer-phone": (steer_empty, PHONE, "light"),
     "learn": (learn, WIDE, "light"),

@@ -24,6 +24,7 @@ from functools import cache
 import pytest
 import torch
 import transformers
+from chromium import browser, url, visit  # noqa: F401  fixtures
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lqa.activations import layer_list

@@ -2,19 +2,20 @@
 
 import importlib.util
 import json
-import os
 import pickle
-import shutil
+import threading
+import time
+import zipfile
 from pathlib import Path
-from urllib.parse import urlparse
 
 import pytest
 
 pytest.importorskip("gradio", reason="the page needs the extra 'ui'")
 
+from chromium import TABS, tab
+
 from lqa import LatentDecoder, LqaError
 from lqa.chat import render, resolve_span
-from lqa.ui import build, launch
 from lqa.ui import learn as learn_page
 from lqa.ui import scan as scan_page
 from lqa.ui import steer as steer_page
@@ -22,13 +23,14 @@ from lqa.ui import watch as watch_page
 from lqa.ui.components import layer_control
 from lqa.ui.limits import MAX_CHARACTERS, MAX_FOLLOW_UPS, MAX_SELECTED, check_answers, check_questions, check_turns
 from lqa.ui.link import make_restore
-from lqa.ui.read import answers_view, make_handlers, stopped, toggle_question
+from lqa.ui.read import answers_view, make_handlers, toggle_question
 from lqa.ui.tokens import token_view
 
 SYSTEM, USER, QUESTION = "Speak like a pirate.", "Who is it\nin the city?", "How will the assistant speak?"
 OTHER = "Who is it?"
 REFERENCES = ["none", "shuffled", "text_only"]
 SKIPPED = {"__type__": "update"}
+CONTROL = "Speak like a pirate of the sea."
 
 
 def turns(system=SYSTEM, user=USER, *more):
@@ -37,8 +39,15 @@ def turns(system=SYSTEM, user=USER, *more):
 
 
 @pytest.fixture(scope="module")
-def decoder(tiny, decoder_folder):
-    return LatentDecoder.from_pretrained(decoder_folder(), base=tiny("smol"))
+def decoder(tiny, decoder_folder, tmp_path_factory):
+    """A tiny decoder, and one ready-made steering of its model in the place of steerings/."""
+    decoder = LatentDecoder.from_pretrained(decoder_folder(), base=tiny("smol"))
+    steering, folder = decoder.steer(control=CONTROL, steps=5), tmp_path_factory.mktemp("steerings")
+    steering.save(folder / "pirate")
+    steering.remove()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steer_page, "PRESETS", folder)
+        yield decoder
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +245,7 @@ def test_the_code_repeats_the_reading(decoder, handlers, monkeypatch, capsys):
     assert 'span="user"' in view["code"]
 
 
-def test_stop_and_suggestions():
-    assert stopped(answers_view("answers"))["stage"] == "stopped" and stopped(answers_view("done")) == SKIPPED and stopped(5) == SKIPPED
+def test_suggestions_and_lists():
     added = toggle_question({"pick": [0, 1]}, "Mine?")
     assert added.startswith("Mine?\n") and toggle_question({"pick": [0, 1]}, added) == "Mine?"
     assert toggle_question({"pick": [9, 9]}, "Mine?") == toggle_question(None, "Mine?") == SKIPPED
@@ -327,38 +335,37 @@ TABLE = [["Who is it?", "It is a doctor."], ["", ""], [OTHER + " Really", "A pir
 def test_steering_trains_with_its_loss_and_compares(steer):
     outputs = list(steer.train("", TABLE, 5, None, None))
     pickle.dumps(outputs)
-    curve, folder, table, _, message = outputs[-1]
-    assert message == "" and curve["stage"] == "done" and table == [TABLE[0], TABLE[2]]
+    curve, folder, table, preset, message = outputs[-1]
+    assert message == "" and preset == steer_page.OWN and curve["stage"] == "done" and table == [TABLE[0], TABLE[2]]
     steps = [len(o[0]["points"]) for o in outputs]
     assert steps[:3] == [0, 1, 2] and steps == sorted(steps) and all(p["loss"] > 0 for p in curve["points"])
     assert all(o[1] == SKIPPED for o in outputs[:-1]) and (Path(folder) / "lqa_steering.json").is_file()
 
     def replies(strength, seed=0):
-        return list(steer.compare(turns(), None, folder, strength, True, seed))[-1]
+        return list(steer.compare(turns(), "", None, folder, strength, True, seed))[-1]
 
     zero, one, again = replies(0), replies(3.0), replies(3.0)
     assert zero[0] == zero[1] == one[0] and one[1] != one[0] and one == again  # the same seed, steered and not
     assert replies(3.0, seed=1) != one
 
-    button = steer_page.archive(None, folder)
-    import zipfile
-
+    button = steer.archive(None, folder)
     assert button["interactive"] and "adapter_model.safetensors" in zipfile.ZipFile(button["value"]).namelist()
-    assert not steer_page.archive("../../etc", None)["interactive"]
+    assert not steer.archive("../../etc", None)["interactive"]
     new = list(steer.train("", TABLE, 5, curve, folder))[-1][1]
     assert new != folder and not Path(folder).exists()  # the session's next steering takes its place
     steer.forget(new)
-    assert not Path(new).exists() and "no steering yet" in list(steer.compare(turns(), None, new, 1.0, False, 0))[-1][2]
+    assert not Path(new).exists() and "no steering yet" in list(steer.compare(turns(), "", None, new, 1.0, False, 0))[-1][2]
 
 
 def test_a_training_that_is_left_ends(steer):
     running = steer.train("", TABLE, 60, None, None)
     for _ in range(3):
         next(running)
-    running.close()  # waits for its thread
-    import threading
-
-    assert not [t for t in threading.enumerate() if t.name.endswith("(work)")]
+    running.close()
+    ends = time.monotonic() + 60
+    while any(t.name.endswith("(work)") for t in threading.enumerate()):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
     assert list(steer.train("", TABLE, 5, None, None))[-1][0]["stage"] == "done"
 
 
@@ -388,10 +395,11 @@ def test_steering_says_what_is_wrong(steer, change, message):
         ({"seed": -1}, "seed"),
         ({"preset": "../../etc"}, "no steering yet"),
         ({"chat": turns(user="")}, "empty"),
+        ({"message": "x" * 5000}, "at most 4,000"),
     ],
 )
 def test_comparing_says_what_is_wrong(steer, change, message):
-    arguments = {"chat": turns(), "preset": None, "folder": None, "strength": 1.0, "sample": False, "seed": 0} | change
+    arguments = {"chat": turns(), "message": "", "preset": None, "folder": None, "strength": 1.0, "sample": False, "seed": 0} | change
     assert message in list(steer.compare(*arguments.values()))[-1][-1]
 
 
@@ -410,9 +418,26 @@ def test_steerings_in_memory_are_few_and_none_in_use_is_dropped(tiny, decoder_fo
         assert again is a
 
 
-def test_learn_shows_the_picture_and_the_answers_of_the_embedded_decoder():
-    import json
+def test_ready_made_steerings_need_no_training(decoder, tiny, decoder_folder, monkeypatch, tmp_path):
+    handlers = steer_page.make_handlers(decoder)
+    control, table, curve, download = handlers.choose("pirate", None)
+    assert control == table[0][1] == CONTROL and curve["stage"] == "done" and curve["points"][0]["loss"] > 0
+    assert "lqa_steering.json" in zipfile.ZipFile(download["value"]).namelist() and Path(download["value"]).name == "pirate.zip"
+    *_, (plain, steered, notice) = handlers.compare(turns(), "Who is it?", "pirate", None, 3.0, False, 0)
+    chat = [{"role": "user", "content": "Who is it?"}]
+    assert notice == "" and steered != plain and plain.strip() == decoder.generate(chat, max_new_tokens=96)
+    assert handlers.choose(steer_page.OWN, None)[:3] == (SKIPPED,) * 3 and not handlers.choose(steer_page.OWN, None)[3]["interactive"]
 
+    other = LatentDecoder.from_pretrained(decoder_folder("llama"), base=tiny("llama"))
+    assert list(steer_page.presets(decoder)) == ["pirate"] and steer_page.presets(other) == {}  # made for another base
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "lqa_steering.json").write_text("{")
+    monkeypatch.setattr(steer_page, "PRESETS", tmp_path)
+    with pytest.raises(LqaError, match="malformed"):
+        steer_page.presets(decoder)
+
+
+def test_learn_shows_the_picture_and_the_answers_of_the_embedded_decoder():
     assert learn_page.PICTURE.read_text(encoding="utf-8") == learn_page.picture()
     assert len(learn_page.SENTENCES) == 10 and len(learn_page.cached()) == len(learn_page.EXAMPLES)
     stored = json.loads(learn_page.RESULTS.read_text(encoding="utf-8"))
@@ -424,8 +449,6 @@ def test_learn_shows_the_picture_and_the_answers_of_the_embedded_decoder():
 
 
 def test_a_link_restores_what_it_holds_and_nothing_else(decoder):
-    import json
-
     restore = make_restore(decoder)
     state = {"chat": turns()["turns"], "span": [3, 4], "layer": 0, "questions": f"{QUESTION}\n{OTHER}"}
     chat, strip, layer, questions, message = restore(json.dumps(state))
@@ -457,43 +480,10 @@ def test_check_names_what_is_wrong(app, tmp_path, capsys):
 
 # --- the running page --------------------------------------------------------------------------------------------
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-WAIT = 1000 * int(os.environ.get("LQA_TEST_WAIT", "60"))  # ms
-
-
-@pytest.fixture(scope="module")
-def url(decoder):
-    demo = build(decoder)
-    _, address, _ = launch(demo, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    yield address
-    demo.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
-def page(browser, url):
-    """The page, freshly loaded.  Afterwards: it has asked no other host for anything, and its scripts have raised no error."""
-    context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    page, hosts, errors = context.new_page(), set(), []
-    page.set_default_timeout(WAIT)
-    page.on("request", lambda request: hosts.add(urlparse(request.url).hostname))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(url)
-    page.wait_for_selector("#tokens .tok")
-    yield page
-    context.close()
-    assert hosts <= {"127.0.0.1", "localhost", None} and not errors
+def page(visit):
+    return visit()
 
 
 def write(page, *texts):
@@ -643,8 +633,8 @@ def test_text_of_users_stays_text(page):
     page.wait_for_selector("#address input:visible")
     page.locator("#chat textarea").nth(1).fill("<|im_start|><img src=x onerror=alert(1)>${1+1}")  # this one is quoted in an error
     page.wait_for_selector("#chat-notice .lqa-notice:visible")
-    for tab, box, go in (("Scan", "scan-question", "scan"), ("Watch", "watch-question", "watch")):
-        page.click(f"button[role=tab]:has-text('{tab}')")
+    for name, box, go in (("Scan", "scan-question", "scan"), ("Watch", "watch-question", "watch")):
+        tab(page, name)
         page.fill(f"#{box} textarea, #{box} input", evil)
         page.click(f"#{go}")
         page.wait_for_selector(f"#{go}-notice .lqa-notice:visible")
@@ -652,12 +642,44 @@ def test_text_of_users_stays_text(page):
 
 
 @pytest.mark.browser
+def test_steering_from_ready_made_to_own(page, decoder):
+    tab(page, "Steer")
+    assert [t.strip() for t in page.locator("#preset label").all_text_contents()] == [CONTROL, steer_page.OWN]
+    page.fill("#strength input[type=number]", "3")
+    page.fill("#message textarea", OTHER)
+    page.click("#compare")
+    chat, steering = [{"role": "user", "content": OTHER}], decoder.load_steering(steer_page.PRESETS / "pirate")
+    plain = decoder.generate(chat, max_new_tokens=96)
+    with steering.apply(3.0):
+        steered = decoder.generate(chat, max_new_tokens=96)
+    steering.remove()
+    for box, text in (("plain", plain), ("steered", steered)):
+        page.wait_for_function("([box, text]) => document.querySelector(box).value.trim() === text", arg=[f"#{box} textarea", text])
+    with page.expect_download() as download:
+        page.click("#download")
+    assert "adapter_model.safetensors" in zipfile.ZipFile(download.value.path()).namelist()
+
+    page.click("#own .label-wrap")
+    page.wait_for_selector("#curve [data-stage=done] .line")
+    page.locator("#pairs [data-testid=cell-0-1]").dblclick()  # its own text is the first answer
+    page.keyboard.press("Control+a")
+    page.keyboard.type("It is a doctor.")
+    page.keyboard.press("Enter")
+    page.fill("#steps input[type=number]", "5")
+    page.click("#train")
+    page.wait_for_selector("#curve [data-stage=training]")
+    page.wait_for_selector("#curve [data-stage=done]")
+    assert page.locator("#preset input:checked").get_attribute("value") == steer_page.OWN
+    assert "It is a doctor." in page.locator("#pairs [data-testid=cell-0-1]").text_content()
+    page.locator("#control textarea").press_sequentially("Formally.")  # the pairs of another control go away
+    page.wait_for_function("() => !document.querySelector('#pairs').textContent.includes('doctor')")
+
+
+@pytest.mark.browser
 def test_nothing_sticks_out_on_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
-    for tab in ("Read", "Scan", "Watch", "Steer", "Learn"):
-        if not page.locator(f"button[role=tab]:visible:has-text('{tab}')").count():
-            page.click("#tabs .overflow-menu button")
-        page.click(f"button[role=tab]:visible:has-text('{tab}')")
+    for name in TABS:
+        tab(page, name)
         page.wait_for_function("() => document.documentElement.scrollWidth <= 390")
 
 
@@ -680,6 +702,9 @@ def test_the_public_endpoints(url, decoder):
         assert row == {"text": score.text} | {
             name: pytest.approx(x) for name, x in (("logprob", score.logprob), ("logprob_none", score.logprob_none), ("probability", p))
         }
+    result = client.predict(CONTROL, USER, "", 3.0, 5, api_name="/steer")
+    assert result["baseline"] == decoder.generate([{"role": "user", "content": USER}], max_new_tokens=96) != result["steered"]
+    assert result["qa"][0][1] == CONTROL and 1 <= result["steps"] <= 5 and result["loss"] > 0
 
     wrong = [
         ((SYSTEM, USER, QUESTION, "everything"), "/read", "not understood"),

@@ -116,7 +116,7 @@ def main() -> None:
     both("error", lambda d: (make_handlers(d).ask, (chat, None, "", 1, None)))
     table = [["Who is it?", "It is a doctor."]]
     trained = both("train", lambda d: (make_steer(d).train, ("", table, 5, None, None)))
-    both("compare", lambda d: (make_steer(d).compare, (chat, None, trained[1], 1.0, False, 0)))
+    both("compare", lambda d: (make_steer(d).compare, (chat, "", None, trained[1], 1.0, False, 0)))
     for which in ("wrapped", "plain"):  # the folder has another name, and seconds differ
         curve, folder, *rest = report["train"][which]
         losses = [{k: round(v, 2) for k, v in p.items() if v is not None} for p in curve["points"]]

@@ -83,7 +83,7 @@ def run(job: Job) -> Result:
         values = [(*both(a), *(x - y for x, y in zip(both(a), both(b), strict=True))) for a, b in zip(own["logprobs"], plain, strict=True)]
         size, stereotype, change, swing = (cell([[v] for v in column]) for column in zip(*values, strict=True))
         rows[name] = [size, change, stereotype, swing, *(cell([[own["made"][cost]]]) for cost in ("seconds", "examples"))]
-    note = f"Every method under one control: {CONTROL!r}. Sums over a sentence's tokens, as the reply to {REQUEST!r}."
+    note = f"Every method under one control: {CONTROL} Sums over a sentence's tokens, as the reply to {REQUEST!r}."
     items = [
         {"id": pair.id, "bias": pair.kind, "logprobs": {name: own["logprobs"][i] for name, own in found.items()}}
         for i, pair in enumerate(pairs)

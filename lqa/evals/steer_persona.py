@@ -98,7 +98,7 @@ def run(job: Job) -> Result:
     codes = sorted({e["made"]["code"] for e in entries if e["made"].get("code")})
     settings = {"new_tokens": NEW_TOKENS, "temperature": TEMPERATURE, "draws": DRAWS, "ratio": RATIO, "embedding": embedding.PACKAGE}
     return Result(
-        data={"name": f"{len(behaviours)} behaviours written for this suite", "sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()},
+        data={"name": f"controls written for this suite ({len(behaviours)})", "sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()},
         tables=tables(entries, found),
         items=entries,
         plots=plots(found),

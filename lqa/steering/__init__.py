@@ -7,11 +7,12 @@
 
 from lqa.steering.neutral import load_neutral
 from lqa.steering.pairs import check_pairs, load_pairs, write_pairs
-from lqa.steering.steering import Steering, check_strength
+from lqa.steering.steering import SIDECAR, Steering, check_strength, read_sidecar
 from lqa.steering.strength import auto_strength, strongest
 from lqa.steering.training import Cancelled, Progress, Settings, steer
 
 __all__ = [
+    "SIDECAR",
     "Cancelled",
     "Progress",
     "Settings",
@@ -21,6 +22,7 @@ __all__ = [
     "check_strength",
     "load_neutral",
     "load_pairs",
+    "read_sidecar",
     "steer",
     "strongest",
     "write_pairs",

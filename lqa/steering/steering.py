@@ -81,22 +81,31 @@ class Steering:
         folder, base = Path(source), decoder.base
         if not folder.is_dir():
             folder = download(str(source), STEERING_FILES, revision=revision, what="steering")
-        try:
-            data = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-            version, made_for = data["schema_version"], data["base"]
-            record, theirs = {key: data[key] for key in KEYS}, made_for["fingerprint"]
-            name, config, tokenizer = made_for["name"], theirs["config"], theirs["tokenizer"]
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise LqaError(f"{folder} has no {SIDECAR}; it is not an lqa steering (or an incomplete download).") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise LqaError(f"{folder / SIDECAR} is malformed ({type(error).__name__}: {error}); make the steering again.") from error
-        if version != SCHEMA_VERSION:
-            raise LqaError(f"{folder / SIDECAR} has the schema version {version!r}, this lqa reads {SCHEMA_VERSION}; update lqa.")
-        live = base.fingerprint()
-        for part, mine in (("config", config), ("tokenizer", tokenizer)):
-            if mine != live[part]:
+        data, live = read_sidecar(folder), base.fingerprint()
+        made_for = data["base"]
+        for part in ("config", "tokenizer"):
+            if (mine := made_for["fingerprint"][part]) != live[part]:
                 raise LqaError(
-                    f"The steering was made for {name} with the {part} fingerprint {mine}, but {base.name} has {live[part]}; "
+                    f"The steering was made for {made_for['name']} with the {part} fingerprint {mine}, but {base.name} has {live[part]}; "
                     "use it with its own base model."
                 )
-        return cls(decoder, base.add_adapter(folder), record)
+        return cls(decoder, base.add_adapter(folder), {key: data[key] for key in KEYS})
+
+
+def read_sidecar(folder: str | Path) -> dict:
+    """What a steering's sidecar says: `base` ("name", "weights", "fingerprint") and the fields of `Steering.record`.
+
+    Raises LqaError if it is absent, malformed, or of another version.
+    """
+    path = Path(folder, SIDECAR)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version, _ = data["schema_version"], [data[key] for key in KEYS]
+        _ = data["base"]["name"], data["base"]["fingerprint"]["config"], data["base"]["fingerprint"]["tokenizer"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise LqaError(f"{folder} has no {SIDECAR}; it is not an lqa steering (or an incomplete download).") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise LqaError(f"{path} is malformed ({type(error).__name__}: {error}); make the steering again.") from error
+    if version != SCHEMA_VERSION:
+        raise LqaError(f"{path} has the schema version {version!r}, this lqa reads {SCHEMA_VERSION}; update lqa.")
+    return data

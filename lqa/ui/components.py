@@ -68,7 +68,17 @@ def layer_control(config, elem_id: str) -> gr.Radio | gr.Dropdown:
     return control(choices, value=default, label="Layer", min_width=260, scale=1, elem_id=elem_id)
 
 
-def stops(button: gr.Button, stopped, shown: gr.HTML, events: list) -> None:
-    """Makes the button cancel `events`; `stopped` says so in what is shown."""
-    # Twice: a step that was on its way when the button was pressed may arrive after the first.
-    button.click(stopped, shown, shown, cancels=events, **QUICK).then(stopped, shown, shown, **QUICK)
+_BUSY = "!['idle', 'done', 'stopped'].includes(view?.stage)"
+WAITING = "(view) => ({...view, waiting: true})"  # until the first of what the run shows, which may be queued behind others
+STOPPING = f"(view) => ({_BUSY} ? {{...view, stage: 'stopping'}} : view)"
+ENDED = f"(view) => ({{...view, waiting: false, stage: {_BUSY} ? 'stopped' : view.stage}})"
+
+
+def runs(triggers: list, fn, inputs, outputs: list, shown: gr.HTML, stop: gr.Button, **options):
+    """Wires a run of some seconds, which is drawn in `shown` (a view with a "stage"): what begins it, and the button that cancels it."""
+    gr.on(triggers, None, shown, shown, js=WAITING, **QUICK)
+    run = gr.on(triggers, fn, inputs, outputs, trigger_mode="once", **PRIVATE, **options)
+    stop.click(None, shown, shown, js=STOPPING, cancels=[run], **QUICK)
+    # Stopped only when the run itself has ended: until then its last steps may be on their way, and no new one would begin.
+    run.then(None, shown, shown, js=ENDED, **QUICK)
+    return run

@@ -26,6 +26,8 @@ from lqa.ui.watch import watch_tab
 # The semi-bold files that Gradio bundles hold a few letters only; with 700 in their place, headings use the bold face.
 FONT, FONT_MONO = (gr.themes.LocalFont(name, weights=(400, 700)) for name in ("IBM Plex Sans", "IBM Plex Mono"))
 
+NOT_BUSY = "(chat) => ({...chat, busy: false})"  # behind a reply, also one that was stopped
+
 INTRO = """
 <h1>Ask what a language model has in mind</h1>
 <p>A model reads the chat. The activations of the tokens that you select, and no text, are handed to a <b>decoder</b>: the same model
@@ -73,9 +75,8 @@ def build(decoder: LatentDecoder) -> gr.Blocks:
         opened = lessons.select(open_lesson, lessons, [tabs, chat, read.questions, read.answers], **QUICK)
         opened.then(handlers.show, [chat, read.strip], shown, **QUICK)
         reply = chat.submit(handlers.reply, chat, [chat, chat_notice], trigger_mode="once", **GPU, **PRIVATE)
-        reply.then(handlers.show, [chat, read.strip], shown, **QUICK)
-        stopped = chat.stop(not_busy, chat, chat, cancels=[reply], **QUICK)
-        stopped.then(handlers.show, [chat, read.strip], shown, **QUICK)
+        reply.then(None, chat, chat, js=NOT_BUSY, **QUICK).then(handlers.show, [chat, read.strip], shown, **QUICK)
+        chat.stop(None, cancels=[reply], **QUICK)
     return demo.queue(max_size=64)
 
 
@@ -86,11 +87,6 @@ def open_example(chips):
     except (TypeError, KeyError, IndexError):
         return gr.skip(), gr.skip()
     return {"turns": turns, "busy": False}, question
-
-
-def not_busy(chat):
-    """The chat after Stop."""
-    return chat | {"busy": False} if isinstance(chat, dict) else gr.skip()
 
 
 def launch(demo: gr.Blocks, **options):

@@ -18,7 +18,7 @@ from lqa.activations import Layer
 from lqa.chat import Chat, Rendered, render
 from lqa.decoder import EMBEDDED_DECODER, Answer, Grounding, LatentDecoder, Reading, TokenScore
 from lqa.errors import LqaError
-from lqa.ui.components import GPU, PRIVATE, QUICK, chips_view, component, fixed, layer_choice, layer_control, stops
+from lqa.ui.components import GPU, QUICK, chips_view, component, fixed, layer_choice, layer_control, runs
 from lqa.ui.examples import CHATS, suggestions
 from lqa.ui.limits import (
     MAX_FOLLOW_UPS,
@@ -34,7 +34,6 @@ from lqa.ui.limits import (
 from lqa.ui.tokens import follow, span_name, token_view, tokens_of
 
 REFERENCES = ("none", "shuffled", "text_only")
-WORKING = ("reading", "answers", "grounding", "references")  # the stages before "done"
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------
@@ -67,7 +66,8 @@ def words_of(scores: list[TokenScore]) -> list[dict]:
 
 
 def answers_view(stage: str = "idle", items: list[dict] | None = None, note: str = "", reading: dict | None = None, code: str = "") -> dict:
-    """What the answers show.  `reading`: {"chat", "span", "layer", "tokens"}; `stage`: idle, one of WORKING, done, stopped."""
+    """What the answers show.  `reading`: {"chat", "span", "layer", "tokens"}; `stage`: idle,
+    reading, answers, grounding, references, done; stopping, stopped."""
     return {"stage": stage, "items": items or [], "note": note, "reading": reading, "code": code, "ask": None, "most": MAX_FOLLOW_UPS}
 
 
@@ -188,11 +188,6 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
     return Handlers(show, reply, ask, follow_up)
 
 
-def stopped(view):
-    """The answers after Stop: what is there, with nothing pending."""
-    return view | {"stage": "stopped"} if isinstance(view, dict) and view.get("stage") in WORKING else gr.skip()
-
-
 def toggle_question(chips, questions):
     """-> questions.  A suggestion is added to the box, or taken out again."""
     try:
@@ -243,8 +238,7 @@ def read_tab(decoder: LatentDecoder, handlers: Handlers, chat: gr.HTML) -> Read:
     answers = component("answers", answers_view(), "answers")
 
     inputs, outputs = [chat, strip, questions, layer, answers], [strip, answers, notice]
-    asked = gr.on([ask.click, questions.submit], handlers.ask, inputs, outputs, trigger_mode="once", **GPU, **PRIVATE)
-    further = answers.submit(handlers.follow_up, answers, [answers, notice], trigger_mode="once", **GPU, **PRIVATE)
-    stops(stop, stopped, answers, [asked, further])
+    runs([ask.click, questions.submit], handlers.ask, inputs, outputs, answers, stop, **GPU)
+    runs([answers.submit], handlers.follow_up, answers, [answers, notice], answers, stop, **GPU)
     chips.select(toggle_question, [chips, questions], questions, **QUICK)
     return Read(strip, layer, questions, answers, notice)

@@ -12,7 +12,7 @@ from lqa.chat import render
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
 from lqa.scan import scan
-from lqa.ui.components import GPU, PRIVATE, QUICK, component, fixed, layer_choice, stops
+from lqa.ui.components import GPU, QUICK, component, fixed, layer_choice, runs
 from lqa.ui.limits import MAX_ANSWERS, MAX_SCANNED, check_answers, check_layer, check_question, check_turns
 from lqa.ui.read import Read
 from lqa.ui.tokens import follow, token_view, tokens_of
@@ -81,11 +81,6 @@ def make_handlers(decoder: LatentDecoder) -> Handlers:
     return Handlers(run, pick)
 
 
-def stopped(view):
-    """The heatmap after Stop."""
-    return view | {"stage": "stopped"} if isinstance(view, dict) and view.get("stage") == WORKING else gr.skip()
-
-
 def scan_tab(decoder: LatentDecoder, chat: gr.HTML, read: Read, tabs: gr.Tabs) -> None:
     """Builds the tab."""
     handlers = make_handlers(decoder)
@@ -105,6 +100,5 @@ def scan_tab(decoder: LatentDecoder, chat: gr.HTML, read: Read, tabs: gr.Tabs) -
     notice = component("notice", "", "scan-notice")
     heat = component("heat", scan_view(), "heat")
     inputs = [chat, read.strip, question, answers, what, heat]
-    running = go.click(handlers.scan, inputs, [heat, notice], trigger_mode="once", **GPU, **PRIVATE)
-    stops(stop, stopped, heat, [running])
+    runs([go.click], handlers.scan, inputs, [heat, notice], heat, stop, **GPU)
     heat.select(handlers.pick, [heat, chat], [tabs, read.strip, read.layer, read.questions, notice], **QUICK)

@@ -10,7 +10,7 @@ import spaces
 from lqa.chat import Chat, render
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
-from lqa.ui.components import GPU, PRIVATE, component, fixed, layer_choice, layer_control, stops
+from lqa.ui.components import GPU, component, fixed, layer_choice, layer_control, runs
 from lqa.ui.limits import MAX_REPLY, MAX_SELECTED, check_answers, check_layer, check_question, check_turns, lines
 
 QUESTION = "Is the assistant hiding something?"
@@ -69,11 +69,6 @@ def make_watch(decoder: LatentDecoder) -> Callable:
     return watch
 
 
-def stopped(view):
-    """The drawing after Stop."""
-    return view | {"stage": "stopped"} if isinstance(view, dict) and view.get("stage") == WORKING else gr.skip()
-
-
 def watch_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
     """Builds the tab."""
     fixed(
@@ -101,5 +96,4 @@ def watch_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
     notice = component("notice", "", "watch-notice")
     drawing = component("watch", watch_view(), "drawing")
     inputs = [chat, question, answers, what, layer, drawing]
-    running = go.click(make_watch(decoder), inputs, [drawing, notice], trigger_mode="once", **GPU, **PRIVATE)
-    stops(stop, stopped, drawing, [running])
+    runs([go.click], make_watch(decoder), inputs, [drawing, notice], drawing, stop, **GPU)

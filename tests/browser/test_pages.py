@@ -1,86 +1,33 @@
-"""Every page in headless Chromium over the embedded decoder (`make test-browser`).
-
-LQA_TEST_WAIT: seconds that a result may take (60); LQA_TEST_SLOWNESS: by what the limits on time are multiplied (1: two idle cores).
-"""
+"""Every page in headless Chromium over the embedded decoder (`make test-browser`)."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlparse
 
 import pytest
 
 pytest.importorskip("gradio", reason="the page needs the extra 'ui'")
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
 import httpx
+from chromium import DONE, SLOWNESS, TABS, WAIT, tab
 
 from lqa import LatentDecoder
-from lqa.ui import build, launch
 from lqa.ui.examples import CHATS
 from lqa.ui.limits import MAX_REPLY
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-WAIT = 1000 * int(os.environ.get("LQA_TEST_WAIT", "60"))  # ms
-SLOWNESS = float(os.environ.get("LQA_TEST_SLOWNESS", "1"))
 CHAT, QUESTION = CHATS["Pirate captain"]
 OTHER = "How will the assistant speak?"
-DONE = "#answers [data-stage=done]"
 
 
 @pytest.fixture(scope="module")
 def decoder():
     return LatentDecoder.from_pretrained(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def url(decoder):
-    demo = build(decoder)
-    _, address, _ = launch(demo, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    yield address
-    demo.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser, url):
-    """visit(address="", **context options): a visitor's page.  Afterwards: no other host was asked for anything, no script has failed."""
-    contexts, hosts, errors = [], set(), []
-
-    def visit(address="", **options):
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 1000}, "permissions": ["clipboard-read"]} | options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(WAIT)
-        page.on("request", lambda request: hosts.add(urlparse(request.url).hostname))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address or url)
-        page.wait_for_selector("#tokens .tok")
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert hosts <= {"127.0.0.1", "localhost", None} and not errors
-
-
-def tab(page, name):
-    page.click(f"button[role=tab]:has-text('{name}')")
 
 
 def ask(page, *questions):
@@ -237,6 +184,10 @@ def test_watch_draws_a_line_under_the_reply(visit, answers):
     page.wait_for_selector("#drawing [data-stage=stopped]")
     found = page.locator("#drawing .said li").count() if not answers else page.locator("#drawing polyline").count()
     assert found >= 1 and (not answers or found == 2)
+    page.wait_for_timeout(1500)
+    assert page.locator("#drawing [data-stage=stopped]").count() == 1  # nothing came after it
+    page.click("#watch")
+    page.wait_for_selector("#drawing [data-stage=watching]")
 
 
 def test_steering_trains_compares_and_downloads(visit, decoder):
@@ -245,15 +196,21 @@ def test_steering_trains_compares_and_downloads(visit, decoder):
     if page.locator("#own .label-wrap.open").count() == 0:
         page.click("#own .label-wrap")
     page.fill("#control textarea", "Speak like a pirate.")
-    page.locator("#steps input[type=number]").fill("5")
+    page.fill("#steps input[type=number]", "5")
     page.click("#train")
     page.wait_for_selector("#curve .line")
+    page.click("#train-stop")
+    page.wait_for_selector("#curve [data-stage=stopped]")
+    assert "the model is as it was" in page.locator("#curve .status").text_content()
+    page.click("#train")
     page.wait_for_selector("#curve [data-stage=done]", timeout=20 * WAIT)
     assert re.search(r"[1-5] steps in \d+ s, loss on held-out chats", page.locator("#curve .status").text_content())
+    page.fill("#message textarea", "")  # empty: the chat on the page
     page.click("#compare")
     page.wait_for_function("() => document.querySelector('#steered textarea').value.length > 20")
     page.wait_for_function("() => document.querySelector('#plain textarea').value.length > 20")
     plain = page.locator("#plain textarea").input_value()
+    page.click("#compare-stop")
     assert decoder.generate(CHAT, max_new_tokens=MAX_REPLY).startswith(plain.strip()[:20])
     with page.expect_download() as download:
         page.click("#download")
@@ -365,9 +322,7 @@ def test_forged_calls_are_refused(url):
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (390, "dark"), (1280, "dark")])
 def test_nothing_sticks_out_and_text_can_be_read(visit, width, scheme):
     page = visit(viewport={"width": width, "height": 844}, color_scheme=scheme)
-    for name in ("Read", "Scan", "Watch", "Steer", "Learn"):
-        if not page.locator(f"button[role=tab]:visible:has-text('{name}')").count():
-            page.click("#tabs .overflow-menu button")
+    for name in TABS:
         tab(page, name)
         page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
         assert weak_text(page) == [], name
@@ -426,7 +381,7 @@ def test_everything_can_be_reached_and_done_by_keyboard(visit):
 
 def test_controls_have_names_for_screen_readers(visit):
     page = visit()
-    for name in ("Read", "Scan", "Watch", "Steer", "Learn"):
+    for name in TABS:
         tab(page, name)
         page.wait_for_timeout(500)
         nameless = page.evaluate(

@@ -5,7 +5,7 @@ const REFERENCES = {
   shuffled: ["Another chat's activations", "The decoder, reading a chat about something else"],
   text_only: ["Visible text only", "The bare model, shown the selected turns as text"],
 };
-const STAGES = { reading: "The model reads the chat …", answers: "The decoder answers …", grounding: "Grounding …", references: "References …", stopped: "Stopped" };
+const STAGES = { reading: "The model reads the chat …", answers: "The decoder answers …", grounding: "Grounding …", references: "References …", stopping: "Stopping …", stopped: "Stopped" };
 const GAIN = 3;  // nats: the strongest colour
 const LITTLE = 0.1;  // nats per token: no more than this is little
 
@@ -163,7 +163,8 @@ function update() {
     item.follow_ups.forEach((other, j) => fillIn(parts[i].others[j], other, j === asking && !other.references ? value.stage : "done"));
     parts[i].form.hidden = !settled || !item.text || item.follow_ups.length >= value.most;
   });
-  set(status, value.items.length ? [value.note, STAGES[value.stage]].filter(Boolean).join(" · ") : "The answers will be written here.");
+  const going = value.waiting ? "Waiting for the model …" : STAGES[value.stage];
+  set(status, value.items.length ? [value.note, going].filter(Boolean).join(" · ") : going || "The answers will be written here.");
   legend.hidden = !value.items.length;  // it keeps its place from the start, so that nothing moves when the colours come
   legend.style.visibility = value.items.some((item) => item.words) ? "" : "hidden";
   tools.hidden = !value.reading || !settled;

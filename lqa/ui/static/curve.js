@@ -8,7 +8,8 @@ const W = 640, H = 150, LEFT = 44, BOTTOM = 24, TOP = 8;
 function update() {
   const view = props.value || { points: [], steps: 0, stage: "idle" };
   root.dataset.stage = view.stage;
-  set(status, view.stage === "idle" ? "The loss will be drawn here while it trains." : view.note);
+  const said = { idle: "The loss will be drawn here while it trains.", stopping: "Stopping …", stopped: "Stopped; the model is as it was." };
+  set(status, view.waiting ? "Waiting for the model …" : said[view.stage] || view.note);
   chart.hidden = view.stage === "idle";
   const losses = view.points.flatMap((point) => [point.loss, point.held_out]).filter((y) => y !== null && y !== undefined);
   const top = Math.max(...losses, 0.1) * 1.05;

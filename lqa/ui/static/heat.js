@@ -1,6 +1,6 @@
 // Tokens and layers: under each token a cell for every layer, coloured by an answer's probability.
 const root = element.querySelector(".lqa-heat");
-const STAGES = { scanning: "scanning …", stopped: "stopped", done: "" };
+const STAGES = { scanning: "scanning …", stopping: "stopping …", stopped: "stopped", done: "" };
 const head = make("div", "head"), status = make("div", "status"), field = make("div", "field"), legend = make("div", "legend");
 status.setAttribute("role", "status");
 root.replaceChildren(head, legend, field, status);
@@ -82,7 +82,7 @@ function paint() {
   }
   if (!cursor || cursor.disabled) cursor = order.find((cell) => !cell.disabled) || null;
   order.forEach((cell) => { cell.tabIndex = cell === cursor ? 0 : -1; });
-  set(status, [view.note, STAGES[view.stage]].filter(Boolean).join(" · "));
+  set(status, [view.note, view.waiting ? "waiting for the model …" : STAGES[view.stage]].filter(Boolean).join(" · "));
 }
 
 head.addEventListener("keydown", (event) => {

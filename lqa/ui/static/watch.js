@@ -1,6 +1,6 @@
 // The reply as it is written, and under it what the activations say.
 const root = element.querySelector(".lqa-watch");
-const STAGES = { watching: "watching …", stopped: "stopped" };
+const STAGES = { watching: "watching …", stopping: "stopping …", stopped: "stopped" };
 const COLOURS = ["#2f7fd6", "#d97706", "#6d28d9", "#0f766e", "#be185d", "#64748b"], DASHES = ["", "6 4", "2 3", "8 3 2 3", "1 4", "10 5"];
 const question = make("h3", "question"), reply = make("div", "reply"), legend = make("div", "legend"), chart = make("div", "chart");
 const said = make("ol", "said"), status = make("div", "status");
@@ -75,7 +75,7 @@ function update() {
     if (!said.children[i]) said.append(make("li", ""));
     set(said.children[i], "after " + point.at + " tokens: " + (point.text || "(no words)"));
   });
-  set(status, [view.note, STAGES[view.stage]].filter(Boolean).join(" · "));
+  set(status, [view.note, view.waiting ? "waiting for the model …" : STAGES[view.stage]].filter(Boolean).join(" · "));
 }
 watch("value", update);
 update();
