@@ -90,7 +90,7 @@ def fit_projection(
             rendered = render(base.tokenizer, control_chat(control, "system", message))
             span = resolve_span("turn:-1", rendered)
             found = reference(base.tokenizer, rendered, span)
-            readings.append((rendered.ids, [span[n] for n in found.which], found.rendered.ids, found.places, which))
+            readings.append((rendered.ids, [span[n] for n in found.which], tuple(found.rendered.ids), found.places, which))
     if sum(len(span) for _, span, *_ in readings) <= base.hidden_size:
         raise LqaError(f"{len(controls)} controls are too few to fit a projection of width {base.hidden_size}.")
     wanted = _write_layer_means(base, config, controls)
@@ -102,11 +102,15 @@ def fit_projection(
     for k in config.maps:
         e = d * len(layer_list(k))
         sums[k] = [*(torch.zeros(size, dtype=torch.float64) for size in ((e,), (e, e), (e, d))), 0]
+    references = {}  # each message alone: once for all controls that are read with it
+    for part in _by_length(list(dict.fromkeys(r[2] for r in readings)), len):
+        acts = _capture(base, [list(ids) for ids in part], config.read_layers)
+        references |= {ids: {j: h[i, : len(ids)] for j, h in acts.items()} for i, ids in enumerate(part)}
     for part in _by_length(readings, lambda r: len(r[0])):
-        acts, others = (_capture(base, [r[i] for r in part], config.read_layers) for i in (0, 2))  # apart: references are short
+        acts = _capture(base, [r[0] for r in part], config.read_layers)
         for k, (first, second, cross, _) in sums.items():
-            for i, (_, span, _, places, which) in enumerate(part):
-                x = torch.cat([acts[j][i, span] - others[j][i, places] for j in layer_list(k)], 1).double()
+            for i, (_, span, alone, places, which) in enumerate(part):
+                x = torch.cat([acts[j][i, span] - references[alone][j][places] for j in layer_list(k)], 1).double()
                 first += x.sum(0)
                 second += x.T @ x
                 cross += x.sum(0).outer(wanted[which] - centre)

@@ -156,7 +156,7 @@ def test_scan_fills_a_heatmap_that_opens_in_read(visit, decoder):
     assert page.locator("#heat .cell.known").count() < total  # it comes piece by piece
     page.wait_for_selector("#heat [data-stage=done]", timeout=4 * WAIT)
     n = len(decoder.read(CHAT).span)
-    assert page.locator("#heat .cell.known").count() == n * len(decoder.config.read_layers)
+    assert page.locator("#heat .cell.known").count() == n * len(decoder.config.readings)
     cell = page.locator("#heat .cell.known[data-layer='14'][data-token='9']")
     answers = ["A pirate captain.", "A night nurse.", "A teacher."]
     expected = decoder.read(CHAT, [9], 14).probabilities(QUESTION, answers)
