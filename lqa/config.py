@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 POSITIONS = ("sequential", "shifted")
 PRESETS = ("latentqa", "activation-oracle")
 VISIBLE_TEXT = "visible_text"  # an "injection" that injects nothing: the visible turns stand in the prompt as text
+ADDED = ("calibration", "merged", "projection")  # keys that older sidecars lack
 IGNORE = -100  # the label of a token that is not scored
 
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ class DecoderConfig:
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError, KeyError) as error:
             raise LqaError(f"{path} is malformed ({type(error).__name__}: {error}); download or train the decoder again.") from error
-        if missing := [f.name for f in fields(cls) if f.name not in data and f.name not in ("calibration", "projection")]:  # older ones
+        if missing := [f.name for f in fields(cls) if f.name not in data and f.name not in ADDED]:
             raise LqaError(f"{path} lacks the key(s) {', '.join(missing)}; it was written by another version of lqa.")
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             raise LqaError(f"{path} has the unknown key(s) {', '.join(unknown)}; it was written by another version of lqa.")
