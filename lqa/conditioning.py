@@ -206,11 +206,13 @@ def reference(
     if chat is None:
         if not visible or not any(turn < visible[-1] for turn in hidden):
             return Reference(rendered, list(indices), list(range(len(indices)))) if steered else None
+        # Turns behind the last visible one change nothing before them, and without them the template would end that one otherwise.
+        kept = [turn for turn in range(len(rendered.chat)) if turn not in hidden or turn > visible[-1]]
         try:
-            alone = render(tokenizer, [{"role": rendered.chat[t][0], "content": rendered.chat[t][1]} for t in visible])
+            alone = render(tokenizer, [{"role": rendered.chat[t][0], "content": rendered.chat[t][1]} for t in kept])
         except LqaError as error:
             raise LqaError(f"The selected turns cannot be rendered without the hidden ones, select other tokens: {error}") from error
-        counterpart = {turn: place for place, turn in enumerate(visible) if any(other < turn for other in hidden)}
+        counterpart = {turn: place for place, turn in enumerate(kept) if any(other < turn for other in hidden)}
     else:
         alone = render(tokenizer, chat)
         counterpart = _counterparts(rendered, visible, alone)

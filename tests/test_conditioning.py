@@ -109,6 +109,21 @@ def test_only_what_comes_after_a_hidden_turn_has_a_reference(tokenizer_of):
     assert {rendered.tokens[indices[n]].turn for n in which} == {2}
 
 
+@pytest.mark.parametrize("style", ["chatml", "llama3", "gemma", "mistral"])
+def test_a_turn_that_was_answered_has_the_reference_that_it_had_before(tokenizer_of, style):
+    """The template ends a last user turn otherwise (with a header for the reply)."""
+    tokenizer = tokenizer_of(style)
+    chats = [CHAT, [*CHAT, {"role": "assistant", "content": "It is a doctor."}]]
+    found = []
+    for chat in chats:
+        rendered = render(tokenizer, chat)
+        words = [i for i in resolve_span("turn:2", rendered) if rendered.tokens[i].content]
+        alone, places, which = reference(tokenizer, rendered, words)
+        assert [alone.ids[p] for p in places] == [rendered.ids[words[n]] for n in which]
+        found.append((places, which))
+    assert found[0] == found[1] and len(found[0][1]) > 3
+
+
 def test_where_the_target_is_steered_by_something_hidden_every_token_has_a_reference(tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     rendered = render(tokenizer, CHAT)
