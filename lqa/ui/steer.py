@@ -332,7 +332,7 @@ def steer_tab(decoder: LatentDecoder, chat: gr.HTML) -> None:
 
     preset.input(handlers.choose, [preset, folder], [control, table, curve, download], **QUICK)
     # The pairs are what is trained: those of another control must not stand below a new one.
-    control.input(lambda: [], None, table, trigger_mode="always_last", **QUICK)
+    control.input(lambda: [["", ""]], None, table, trigger_mode="always_last", **QUICK)
     write.click(handlers.pairs, control, [table, notice], trigger_mode="once", **GPU, **PRIVATE)
     inputs, outputs = [control, table, steps, curve, folder], [curve, folder, table, preset, notice]
     training = runs([go.click], handlers.train, inputs, outputs, curve, stop, **STEER)
