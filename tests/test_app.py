@@ -653,7 +653,7 @@ def test_steering_from_ready_made_to_own(page, decoder):
     page.wait_for_selector("#curve [data-stage=done]")
     assert page.locator("#preset input:checked").get_attribute("value") == steer_page.OWN
     assert "It is a doctor." in page.locator("#pairs [data-testid=cell-0-1]").text_content()
-    page.fill("#control textarea", "Speak formally.")  # the pairs of another control go away
+    page.locator("#control textarea").press_sequentially("Formally.")  # the pairs of another control go away
     page.wait_for_function("() => !document.querySelector('#pairs').textContent.includes('doctor')")
 
 
