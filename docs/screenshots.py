@@ -98,7 +98,8 @@ def train(page: Page) -> None:
     tab(page, "Steer")
     if page.locator("#own .label-wrap.open").count() == 0:
         page.click("#own .label-wrap")
-    page.fill("#control textarea", "Answer as a cheerful pirate who loves the sea.")
+    page.fill("#control textarea", "")  # keystrokes, not `fill`, empty the table of pairs
+    page.locator("#control textarea").press_sequentially("Answer as a cheerful pirate who loves the sea.")
     page.click("#train")
 
 

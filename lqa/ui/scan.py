@@ -93,8 +93,8 @@ def scan_tab(decoder: LatentDecoder, chat: gr.HTML, read: Read, tabs: gr.Tabs) -
         answers = gr.Textbox(
             ANSWERS, label="Answers, one a line", lines=3, max_lines=MAX_ANSWERS, min_width=200, scale=2, elem_id="scan-answers"
         )
+    what = gr.Radio([EVERY, SELECTED], value=EVERY, label="Scan", elem_id="scan-what")
     with gr.Row(elem_classes="buttons"):
-        what = gr.Radio([EVERY, SELECTED], value=EVERY, label="Scan", scale=3, elem_id="scan-what")
         go = gr.Button("Scan", variant="primary", elem_id="scan", scale=1, min_width=110)
         stop = gr.Button("Stop", scale=0, min_width=90, elem_id="scan-stop")
     notice = component("notice", "", "scan-notice")
