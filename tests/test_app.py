@@ -666,10 +666,9 @@ def test_steering_from_ready_made_to_own(page, decoder):
     page.keyboard.type("It is a doctor.")
     page.keyboard.press("Enter")
     page.fill("#steps input[type=number]", "5")
-    page.click("#train")
-    page.wait_for_selector("#curve [data-stage=training]")
+    page.click("#train")  # which may be over before anybody looks
+    page.wait_for_selector(f"#preset input[value='{steer_page.OWN}']:checked")
     page.wait_for_selector("#curve [data-stage=done]")
-    assert page.locator("#preset input:checked").get_attribute("value") == steer_page.OWN
     assert "It is a doctor." in page.locator("#pairs [data-testid=cell-0-1]").text_content()
     page.locator("#control textarea").press_sequentially("Formally.")  # the pairs of another control go away
     page.wait_for_function("() => !document.querySelector('#pairs').textContent.includes('doctor')")
