@@ -133,7 +133,7 @@ def test_the_answers_to_one_question_share_its_pass(name, tiny):
     handle = base.model.register_forward_pre_hook(lambda m, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     got = score(session_of(base), prefix, [Row(1, [61, 62, 63])] * 3, answers)
     handle.remove()
-    assert passes == [(1, 2), (3, 5)]  # the question but its last token, then that and the answers
+    assert passes == [(1, 2), (3, 4)]  # the question but its last token, then that and the answers but theirs
     assert got == pytest.approx([plain_score(base, Row(1, [61, 62, 63]), answer) for answer in answers], abs=1e-4)
 
 
