@@ -6,24 +6,30 @@ the model in the right state for one forward pass, so that nothing is held betwe
 Prefixes of equal length are prefilled as one batch; a row continues one of them with tokens of its own, so the rows of one reading
 share its prefix.  Rows are left-padded between prefix and suffix and carry explicit positions, which makes a row's logits those of the
 plain forward pass over prefix + suffix.
+
+What is patched behind a block (Injection) makes no difference up to there: given a Trunk, rows of the same tokens run through it as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lqa.activations import output_tensor
 from lqa.errors import LqaError
 from lqa.masks import layer_masks, window
 
-# A scoring pass holds (rows, answer tokens, vocabulary) log-probabilities; more floats than this are cut into several passes.
+# A scoring pass holds (rows, answer tokens, vocabulary) logits; more floats than this are cut into several passes.
 MAX_LOGITS = 2**26
+# A pass costs by itself about as much as so many tokens; a scoring pass ends where longer rows would pad the others by more than that.
+PASS = {"cpu": 16, "cuda": 1024}
 
 
 class Row(NamedTuple):
@@ -31,6 +37,13 @@ class Row(NamedTuple):
 
     prefix: int
     suffix: list[int]
+
+
+class Trunk(NamedTuple):
+    """The first `depth` of the model's blocks, in which prefixes of the same tokens are the same whatever is injected into them."""
+
+    blocks: Sequence[nn.Module]
+    depth: int
 
 
 class Step(NamedTuple):
@@ -66,11 +79,18 @@ class RoomyLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class Prefix:
-    """The KV cache of a batch of prefilled prefixes, each of `length` tokens; `start` is the position of the first one."""
+    """The KV cache of a batch of prefilled prefixes, each in `length` columns; `start` is the position of the first token.
+
+    pads   of every prefix, how many of its columns are padding in front; () if they are of one length
+    trunk  where prefixes of the same name (of `names`) are the same; None: nowhere
+    """
 
     cache: DynamicCache
     length: int
     start: int = 0
+    pads: tuple[int, ...] = ()
+    trunk: Trunk | None = None
+    names: tuple[Hashable, ...] = ()
 
     def rows(self, which: Sequence[int]) -> Cache:
         """A cache with a copy of prefix w for every w of `which`; this one stays as it is."""
@@ -79,6 +99,54 @@ class Prefix:
             index = torch.as_tensor(which, device=layer.keys.device)
             cache.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), i)
         return cache
+
+    def trunked(self, rows: Sequence[Row], cache: Cache):
+        """A context for one pass over `rows`, behind `cache`: through the trunk it runs those that are the same as one."""
+        return _trunked(self.trunk, [(self.names[row.prefix], tuple(row.suffix)) for row in rows] if self.trunk else (), cache)
+
+
+@contextmanager
+def _trunked(trunk: Trunk | None, names: Sequence[Hashable], cache: Cache):
+    """Inside, one pass over rows with these `names` runs every name once through the trunk, and from there on every row.
+
+    Yields the rows to give to the model, (N,) long, or None for all of them.  Behind the pass the cache holds every row in all layers.
+    """
+    first: dict = {}
+    for i, name in enumerate(names):
+        first.setdefault(name, i)
+    if trunk is None or trunk.depth < 1 or len(first) == len(names):
+        yield None
+        return
+    device = next(trunk.blocks[0].parameters()).device
+    place = {name: n for n, name in enumerate(first)}
+    chosen, every = torch.tensor([*first.values()], device=device), torch.tensor([place[name] for name in names], device=device)
+
+    def widen(x):
+        if isinstance(x, tuple | list):
+            return type(x)(map(widen, x))
+        return x.index_select(0, every) if isinstance(x, Tensor) and x.dim() > 1 and len(x) == len(first) else x
+
+    def behind(_, args, output):
+        wide = output_tensor(output).index_select(0, every)
+        return (wide, *output[1:]) if isinstance(output, tuple) else wide
+
+    def before(_, args, kwargs):
+        return args, {key: widen(value) for key, value in kwargs.items()}
+
+    last, *further = trunk.blocks[trunk.depth - 1 :]
+    lower = cache.layers[: trunk.depth]
+    for layer in lower:
+        layer.batch_select_indices(chosen)
+    # In front of the injection's hook, which patches every row.
+    handles = [last.register_forward_hook(behind, prepend=True)]
+    handles += [block.register_forward_pre_hook(before, with_kwargs=True) for block in further]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in cache.layers[: trunk.depth]:  # a prefill makes them
+        layer.batch_select_indices(every)
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
@@ -89,34 +157,51 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[l
 
 
 def join(prefixes: Sequence[Prefix]) -> Prefix:
-    """One batch of prefixes of the same length."""
+    """One batch of prefixes with one `start`; where their lengths differ, the shorter ones are padded in front."""
+    longest = max(p.length for p in prefixes)
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(t, (0, 0, longest - t.shape[-2], 0)) for t in tensors])
+
     cache = DynamicCache()
     for i, layers in enumerate(zip(*(p.cache.layers for p in prefixes), strict=True)):
-        cache.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), i)
-    return Prefix(cache, prefixes[0].length, prefixes[0].start)
+        cache.update(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]), i)
+    pads = [longest - p.length + own for p in prefixes for own in p.pads or (0,) * len(p.cache.layers[0].keys)]
+    names = tuple(name for p in prefixes for name in p.names)
+    return Prefix(cache, longest, prefixes[0].start, tuple(pads) if any(pads) else (), prefixes[0].trunk, names)
 
 
-def prefill(model, ids: Sequence[Sequence[int]], start: int = 0) -> Prefix:
+def prefill(model, ids: Sequence[Sequence[int]], start: int = 0, trunk: Trunk | None = None) -> Prefix:
     """Runs prefixes of equal length (P, length), whose first token has the position `start`; what continues them counts on from there.
 
-    What the caller has armed (an Injection) acts on this pass and no other.
+    What the caller has armed (an Injection) acts on this pass and no other; a `trunk` ends where it acts.
     """
+    names = tuple(map(tuple, ids)) if trunk else ()
     cache = DynamicCache()  # without the model's config: plain layers, whose rows can be selected and extended at will
     positions = torch.arange(start, start + len(ids[0]), device=model.device).expand(len(ids), -1)
     inputs = {"input_ids": torch.tensor(ids, device=model.device), "position_ids": positions}
-    model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Prefix(cache, len(ids[0]), start)
+    with _trunked(trunk, names, cache) as some:
+        model(**_selected(inputs, some), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefix(cache, len(ids[0]), start, (), trunk, names)
 
 
-def _left_padded(prefix: Prefix, suffixes: Sequence[Sequence[int]], device) -> dict[str, Tensor]:
+def _selected(inputs: dict[str, Tensor], some: Tensor | None) -> dict[str, Tensor]:
+    return inputs if some is None else {key: x.index_select(0, some) for key, x in inputs.items()}
+
+
+def _left_padded(prefix: Prefix, rows: Sequence[Row], device) -> dict[str, Tensor]:
     """input_ids (R, L), position_ids (R, L) and attention_mask (R, length + L) for rows that continue `prefix`."""
-    longest = max(map(len, suffixes))
-    pads = [longest - len(s) for s in suffixes]
-    ids = torch.tensor([[0] * p + list(s) for p, s in zip(pads, suffixes, strict=True)], device=device)
-    real = torch.arange(longest, device=device) >= torch.tensor(pads, device=device).unsqueeze(1)
-    positions = prefix.start + prefix.length + (real.cumsum(1) - 1).clamp_min(0)
-    mask = torch.cat([torch.ones(len(pads), prefix.length, dtype=torch.bool, device=device), real], 1)
-    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask.long()}
+
+    def real(pads: Sequence[int], length: int) -> Tensor:
+        return torch.arange(length, device=device) >= torch.tensor(pads, device=device).unsqueeze(1)
+
+    longest = max(len(row.suffix) for row in rows)
+    pads = [longest - len(row.suffix) for row in rows]
+    ids = torch.tensor([[0] * p + list(row.suffix) for p, row in zip(pads, rows, strict=True)], device=device)
+    before = real([prefix.pads[row.prefix] if prefix.pads else 0 for row in rows], prefix.length)
+    own = real(pads, longest)
+    positions = prefix.start + before.sum(1, keepdim=True) + (own.cumsum(1) - 1).clamp_min(0)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": torch.cat([before, own], 1).long()}
 
 
 def _logits(model, inputs: dict[str, Tensor], cache: Cache, keep: int) -> Tensor:
@@ -147,11 +232,12 @@ def decode(
     with session() as model:
         device = model.device
         cache = prefix.rows([row.prefix for row in rows])
-        inputs = _left_padded(prefix, [row.suffix for row in rows], device)
+        inputs = _left_padded(prefix, rows, device)
     alive = list(range(len(rows)))
     for n in range(max_new_tokens):
         with (first if first and n == 0 else session)() as model:
-            logits = _logits(model, inputs, cache, 1)[:, -1]
+            with nullcontext() if n else prefix.trunked(rows, cache) as some:
+                logits = _logits(model, _selected(inputs, some), cache, 1)[:, -1]
             tokens = choose(logits)
             probabilities = logits.softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
             stopped = torch.isin(tokens, torch.tensor(stop_ids, device=device))
@@ -179,8 +265,8 @@ def _extended(session: Callable, prefix: Prefix, row: Row) -> Prefix:
     """The prefix of a row with its suffix behind it, but for the suffix's last token, whose logits are still wanted."""
     with session() as model:
         cache = prefix.rows([row.prefix])
-        _logits(model, _left_padded(prefix, [row.suffix[:-1]], model.device), cache, 1)
-    return Prefix(cache, prefix.length + len(row.suffix) - 1, prefix.start)
+        _logits(model, _left_padded(prefix, [Row(row.prefix, row.suffix[:-1])], model.device), cache, 1)
+    return Prefix(cache, prefix.length + len(row.suffix) - 1, prefix.start, prefix.pads[row.prefix : row.prefix + 1])
 
 
 def score(session: Callable, prefix: Prefix, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> list[float]:
@@ -194,21 +280,36 @@ def token_logprobs(session: Callable, prefix: Prefix, rows: Sequence[Row], answe
         raise LqaError("Every row needs one answer with at least one token.")
     if len(rows) > 1 and len(rows[0].suffix) > 1 and all(row == rows[0] for row in rows):  # one question: run once, not for every answer
         prefix, rows = _extended(session, prefix, rows[0]), [Row(0, rows[0].suffix[-1:])] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].suffix) + len(answers[i]))
     scores: list[list[float]] = [[] for _ in rows]
-    while order:
+    with session() as model:
+        device, vocabulary = model.device, model.config.get_text_config().vocab_size
+    for batch in _passes(rows, answers, PASS.get(device.type, 1024), MAX_LOGITS // vocabulary):
+        # The last token of an answer predicts nothing that is asked for.
+        continued = [Row(rows[i].prefix, [*rows[i].suffix, *answers[i][:-1]]) for i in batch]
         with session() as model:
-            per_row = (max(len(answers[i]) for i in order) + 1) * model.config.get_text_config().vocab_size
-            batch, order = order[: max(1, MAX_LOGITS // per_row)], order[max(1, MAX_LOGITS // per_row) :]
-            inputs = _left_padded(prefix, [list(rows[i].suffix) + list(answers[i]) for i in batch], model.device)
-            keep = max(len(answers[i]) for i in batch) + 1
+            inputs = _left_padded(prefix, continued, device)
             cache = prefix.rows([rows[i].prefix for i in batch])
-            logits = _logits(model, inputs, cache, keep)
+            with prefix.trunked(continued, cache) as some:
+                logits = _logits(model, _selected(inputs, some), cache, max(len(answers[i]) for i in batch))
             for i, row in zip(batch, logits, strict=True):
-                n = len(answers[i])
-                targets = torch.tensor(answers[i], device=row.device).unsqueeze(1)
-                scores[i] = row[-n - 1 : -1].log_softmax(-1).gather(1, targets).squeeze(1).tolist()
+                targets = torch.tensor(answers[i], device=device).unsqueeze(1)
+                scores[i] = row[-len(targets) :].log_softmax(-1).gather(1, targets).squeeze(1).tolist()
     return scores
+
+
+def _passes(rows: Sequence[Row], answers: Sequence[Sequence[int]], waste: int, room: int) -> Iterator[list[int]]:
+    """The indices of `rows` pass by pass, rows of like length together: one more row may pad a pass by `waste` tokens, and a pass may hold
+    `room` logits vectors."""
+    lengths = [len(row.suffix) + len(answer) for row, answer in zip(rows, answers, strict=True)]
+    batch, longest = [], 0  # longest: answer
+    for i in sorted(range(len(rows)), key=lambda i: (lengths[i], rows[i].prefix)):
+        longest = max(longest, len(answers[i]))
+        if batch and ((lengths[i] - lengths[batch[-1]]) * len(batch) > waste or (len(batch) + 1) * longest > room):
+            yield batch
+            batch, longest = [], len(answers[i])
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def sampler(temperature: float, top_p: float = 1.0, seed: int = 0) -> Callable | None:

@@ -47,6 +47,23 @@ def test_batched_scores_are_those_of_one_reading(tiny_decoder, changes):
     assert [row[n] for n in range(3) for row in matrix] == pytest.approx(scores, abs=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, BOTH | {"conditioning": "projected"}, {"family": "gemma3"}])
+def test_up_to_the_write_layer_prompts_that_differ_in_what_is_injected_run_as_one(tiny_decoder, changes):
+    decoder = tiny_decoder(**{"write_layer": 0} | changes)
+    first = readings(decoder)[0]
+    prompts = [batch.ask(first, QUESTIONS[0], source) for source in ("true", "none", "shuffled")]
+    rows, blocks = {0: [], 1: []}, decoder.base.blocks
+    handles = [blocks[k].register_forward_pre_hook(lambda _, args, k=k: rows[k].append(len(args[0]))) for k in rows]
+    found = batch.matrix(batch.adapted(decoder), prompts, ANSWERS)
+    said = batch.texts(batch.adapted(decoder), prompts, 1)
+    for handle in handles:
+        handle.remove()
+    assert rows[1] == [3 * n for n in rows[0]] and sum(rows[0]) == 1 + len(ANSWERS) + 2  # prompt, answers; prompt, question
+    alone = [first.logprobs(QUESTIONS[0], ANSWERS, source) for source in ("true", "none", "shuffled")]
+    assert [x for row in found for x in row] == pytest.approx([x for row in alone for x in row], abs=1e-5)
+    assert said == [first._decode(QUESTIONS[:1], (source,), 1)[0].text for source in ("true", "none", "shuffled")]
+
+
 def test_a_decoder_of_text_is_asked_the_same_way(tiny_decoder):
     decoder = tiny_decoder(injection="visible_text", injection_constant=None)
     found = readings(decoder)

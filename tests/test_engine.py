@@ -29,9 +29,9 @@ def logits_of(base, ids):
     return base.model(input_ids=torch.tensor([ids])).logits[0].float()
 
 
-def naive(base, row, stop_ids=(), n=NEW):
+def naive(base, row, stop_ids=(), n=NEW, prefixes=PREFIXES):
     """[(token, probability)] of a greedy row."""
-    ids, out = PREFIXES[row.prefix] + row.suffix, []
+    ids, out = prefixes[row.prefix] + row.suffix, []
     for _ in range(n):
         probabilities = logits_of(base, ids)[-1].softmax(-1)
         token = int(probabilities.argmax())
@@ -42,8 +42,8 @@ def naive(base, row, stop_ids=(), n=NEW):
     return out
 
 
-def plain_score(base, row, answer):
-    before = PREFIXES[row.prefix] + row.suffix
+def plain_score(base, row, answer, prefixes=PREFIXES):
+    before = prefixes[row.prefix] + row.suffix
     logprobs = logits_of(base, before + answer).log_softmax(-1)
     return sum(float(logprobs[len(before) - 1 + i, token]) for i, token in enumerate(answer)) / len(answer)
 
@@ -133,7 +133,7 @@ def test_the_answers_to_one_question_share_its_pass(name, tiny):
     handle = base.model.register_forward_pre_hook(lambda m, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     got = score(session_of(base), prefix, [Row(1, [61, 62, 63])] * 3, answers)
     handle.remove()
-    assert passes == [(1, 2), (3, 5)]  # the question but its last token, then that and the answers
+    assert passes == [(1, 2), (3, 4)]  # the question but its last token, then that and the answers but theirs
     assert got == pytest.approx([plain_score(base, Row(1, [61, 62, 63]), answer) for answer in answers], abs=1e-4)
 
 
@@ -151,6 +151,19 @@ def test_scores_do_not_depend_on_how_the_rows_are_cut_into_passes(tiny, monkeypa
     assert len(passes) > 1 and sum(passes) == 5
     monkeypatch.setattr(engine, "MAX_LOGITS", 1)
     assert score(session_of(base), prefix, ROWS, answers) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_prefixes_of_several_lengths_are_joined(name, tiny):
+    base = tiny(name) if name == "llama" else tiny(name, sliding_window=4)
+    three, answers = [*PREFIXES, [5, 18, 77]], [[11], [12, 13], [14, 15, 16]]
+    rows = [Row(2, [61, 62]), Row(1, [64]), Row(2, [65, 66, 67])]
+    with torch.inference_mode():
+        prefix = engine.join([prefill(base.model, PREFIXES), prefill(base.model, three[2:])])
+    got = score(session_of(base), prefix, rows, answers)
+    assert got == pytest.approx([plain_score(base, *pair, three) for pair in zip(rows, answers, strict=True)], abs=1e-4)
+    steps = [step for (step,) in decode(session_of(base), prefix, rows[:1], 4, ())]
+    assert_same([[(step.token, step.probability) for step in steps]], [naive(base, rows[0], n=4, prefixes=three)])
 
 
 @pytest.mark.parametrize("answers", [[[1]], [[1], [2], [], [4], [5]]])

@@ -141,19 +141,15 @@ def test_identify_none_and_text_only_are_chance_and_rerun_is_equal(tiny_decoder,
 
 
 def test_identify_tells_a_reader_from_a_guesser(tiny_decoder, job_for, monkeypatch):
-    """A stand-in reading that knows its control is right every time; with the next reading's scores it never is."""
+    """Scores of a reader who knows its control are right every time; with the next reading's scores they never are."""
+    monkeypatch.setattr(identify, "_read", lambda job, item, setting, decoder=None: item)
+    monkeypatch.setattr(identify.batch, "ask", lambda item, question, source="true": item if source == "true" else None)
+    monkeypatch.setattr(identify.batch, "text_only", lambda item, question: None)
 
-    class Knowing:
-        def __init__(self, item):
-            self.item, self.span = item, (1, 2)
+    def matrix(runner, asked, answers):
+        return [[-1.0 - (item is not None and a != item.answer) * 0.1 - len(a) / 10 for a in answers] for item in asked]
 
-        def logprobs(self, question, answers, source="true"):
-            assert question == data.QUESTIONS["goal"]
-            return [-1.0 - (source == "true" and a != self.item.answer) * 0.1 - len(a) / 10 for a in answers]
-
-    monkeypatch.setattr(identify, "_read", lambda job, item, setting, decoder=None: Knowing(item))
-    monkeypatch.setattr(identify, "text_only_chat", lambda reading, question: question)
-    monkeypatch.setattr(identify, "text_only_scores", lambda reading, question, answers: [-1.0] * len(answers))
+    monkeypatch.setattr(identify.batch, "matrix", matrix)
     result = identify.run(job_for(tiny_decoder(), [item(i) for i in range(16)]))
     accuracies = {name: cells[0].mean for name, cells in result.tables["fixed"].rows.items()}
     assert accuracies == {"ours": 1, "shuffled": 0, "none": 1 / 4, "text_only": 1 / 4}

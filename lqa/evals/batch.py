@@ -2,10 +2,10 @@
 
 `say` decodes up to ROWS prompts as one batch.  What they have in common is prefilled, once for everything that is injected into it, and the
 rest of each is a row; if slots lie in the rest (readings of different lengths, prompts that end in a slot), the first pass over the rows is
-patched.  `score` prefills prompts of one length up to their last token, which the answers to a prompt then continue.
+patched.  `score` prefills prompts up to their last token, which the answers to a prompt then continue.
 
-A prompt that is given twice runs once.  What comes out is what each prompt gives alone, as `Reading.ask` and `Reading.logprobs` do, up to
-float rounding.
+A prompt that is given twice runs once; those that differ only in what is injected into them are one up to the block where that happens.
+What comes out is what each prompt gives alone, as `Reading.ask` and `Reading.logprobs` do, up to float rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from lqa.grounding import donor_activations, text_only_chat
 from lqa.injection import Injection, Operation
 from lqa.models import Base
 
-ROWS = 32  # decoded as one batch; passes that decode nothing take twice as many
+ROWS = 32  # sampled as one batch: another width would give other samples; what is not sampled takes WIDE
+WIDE = 64
 
 
 class Prompt(NamedTuple):
@@ -105,7 +106,7 @@ def text_only(reading: Reading, question: str) -> Prompt:
 
 
 def say(
-    runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, width: int = ROWS
+    runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, width: int | None = None
 ) -> list[Said]:
     """What the model says to each prompt: greedy, or sampled with `seed`.
 
@@ -125,7 +126,8 @@ def say(
     heads = [p.ids[: len(p.ids) - p.slots[::-1].index(True)] if any(p.slots) else p.ids for p in prompts]
     keys = [((p.start, p.ids[0]), (len(h), h, place)) for p, h, place in zip(prompts, heads, _places(prompts), strict=True)]
     # Samples of one prompt differ.
-    return _batched(range(len(prompts)) if temperature else [p.name for p in prompts], keys, width, run)
+    names = range(len(prompts)) if temperature else [p.name for p in prompts]
+    return _batched(names, keys, width or (ROWS if temperature else WIDE), run)
 
 
 def texts(runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
@@ -133,7 +135,7 @@ def texts(runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int) -> lis
     return [said.text for said in say(runner, prompts, max_new_tokens)]
 
 
-def score(runner: Runner, prompts: Sequence[Prompt], answers: Sequence[str], *, width: int = 2 * ROWS) -> list[float]:
+def score(runner: Runner, prompts: Sequence[Prompt], answers: Sequence[str], *, width: int = 2 * WIDE) -> list[float]:
     """For every prompt the mean log-probability per token (nats, end of turn included) of the answer beside it.
 
     Raises LqaError for a prompt that exceeds the context or ends in a slot.
@@ -144,11 +146,15 @@ def score(runner: Runner, prompts: Sequence[Prompt], answers: Sequence[str], *, 
         raise LqaError("A prompt that ends in a slot cannot be scored; put a token behind it.")
 
     def run(index: Sequence[int], _) -> list[float]:
-        batch = [prompts[i] for i in index]
-        prefix, rows, _ = _prefilled(runner, batch, len(batch[0].ids) - 1)
-        return engine.score(runner.session, prefix, rows, [ids[i] for i in index])
+        prefixes, rows = [], []
+        for n, group in groupby(index, lambda i: len(prompts[i].ids)):
+            before = sum(len(own.names) for own in prefixes)
+            prefix, own, _ = _prefilled(runner, [prompts[i] for i in group], n - 1)
+            prefixes.append(prefix)
+            rows += [row._replace(prefix=before + row.prefix) for row in own]
+        return engine.score(runner.session, engine.join(prefixes), rows, [ids[i] for i in index])
 
-    keys = [((p.start, len(p.ids)), (p.ids, place)) for p, place in zip(prompts, _places(prompts), strict=True)]
+    keys = [(p.start, (len(p.ids), p.ids, place)) for p, place in zip(prompts, _places(prompts), strict=True)]
     return _batched([(p.name, answer) for p, answer in zip(prompts, answers, strict=True)], keys, width, run)
 
 
@@ -168,7 +174,7 @@ def states(base: Base, rendered: Sequence[Rendered], layers: Sequence[int]) -> l
             acts = capture(model, base.blocks, ids, torch.ones_like(ids), layers)
         return [{k: acts[k][n] for k in layers} for n in range(len(index))]
 
-    return _batched(range(len(rendered)), [(len(r), 0) for r in rendered], 2 * ROWS, run)
+    return _batched(range(len(rendered)), [(len(r), 0) for r in rendered], WIDE, run)
 
 
 # --- how -----------------------------------------------------------------------------------------------------------
@@ -215,7 +221,8 @@ def _prefilled(runner: Runner, prompts: Sequence[Prompt], n: int) -> tuple[engin
     distinct = dict(zip(heads, prompts, strict=True))
     place = {head: i for i, head in enumerate(distinct)}
     with _session(runner, distinct.values(), [p.patched[:n] for p in distinct.values()]) as model:
-        prefix = engine.prefill(model, [ids for ids, _ in distinct], prompts[0].start)
+        trunk = engine.Trunk(runner.base.blocks, runner.write_layer + 1)
+        prefix = engine.prefill(model, [ids for ids, _ in distinct], prompts[0].start, trunk)
     longest = max(len(p.ids) for p in prompts)  # the engine pads rows on the left
     slots = [(False,) * (longest - len(p.ids)) + p.patched[n:] for p in prompts]
     rows = [engine.Row(place[head], list(p.ids[n:])) for head, p in zip(heads, prompts, strict=True)]

@@ -27,9 +27,9 @@ from lqa.chat import render, resolve_span
 from lqa.corpus.readings import FORMS, control_chat
 from lqa.decoder import LatentDecoder, Reading
 from lqa.errors import LqaError
+from lqa.evals import batch
 from lqa.evals.data import QUESTIONS, Item, forms_of, items_of
 from lqa.evals.suite import Job, Plot, Result, Table, cell
-from lqa.grounding import text_only_chat, text_only_scores
 
 # The committed choices of this suite.
 FIXED_MESSAGE = "Hello! Can you help me plan my weekend?"
@@ -164,27 +164,29 @@ def make_hard_draws(items: Sequence[Item], everything: Sequence[Item], m: int, s
 
 def score_draw(job: Job, draw: Draw, setting: Setting, decoder: LatentDecoder | None = None) -> dict[str, Scores]:
     """The draw's scores by reader: ours, none, text_only, and text_only_trained if there is one; of another `decoder`, its own alone."""
-    readings = [_read(job, item, setting, decoder) for item in draw.items]
-    question, answers = QUESTIONS[draw.items[0].kind], [item.answer for item in draw.items]
-    ours = [reading.logprobs(question, answers) for reading in readings]
+    question, answers, n = QUESTIONS[draw.items[0].kind], [item.answer for item in draw.items], len(draw.items)
+
+    def read(decoder: LatentDecoder | None) -> list[Reading]:
+        return [_read(job, item, setting, decoder) for item in draw.items]
+
+    def matrix(runner: batch.Runner, prompts: list[batch.Prompt]) -> Scores:
+        return batch.matrix(runner, prompts, answers)
+
+    readings = read(decoder)
+    ours = [batch.ask(reading, question) for reading in readings]
     if decoder is not None:
-        return {"ours": ours}
-    # Unpatched prompts differ in their number of slots only, visible texts may be one.
-    none, text_only = {}, {}
-    for reading in readings:
-        if len(reading.span) not in none:
-            none[len(reading.span)] = reading.logprobs(question, answers, "none")
-        if (text := str(text_only_chat(reading, question))) not in text_only:
-            text_only[text] = text_only_scores(reading, question, answers)
-    scores = {
-        "ours": ours,
-        "none": [none[len(reading.span)] for reading in readings],
-        "text_only": [text_only[str(text_only_chat(reading, question))] for reading in readings],
-    }
-    if job.text_only_trained is not None:
-        trained = {str(setting.chat(item)): _read(job, item, setting, job.text_only_trained) for item in draw.items}
-        scores["text_only_trained"] = [trained[str(setting.chat(item))].logprobs(question, answers) for item in draw.items]
+        return {"ours": matrix(batch.adapted(decoder), ours)}
+    both = matrix(batch.adapted(job.decoder), ours + [batch.ask(reading, question, "none") for reading in readings])
+    text_only = [batch.text_only(reading, question) for reading in readings]
+    scores = {"ours": both[:n], "none": both[n:], "text_only": matrix(batch.bare(job.decoder), text_only)}
+    if (trained := job.text_only_trained) is not None:
+        scores["text_only_trained"] = matrix(batch.adapted(trained), [batch.ask(reading, question) for reading in read(trained)])
     return scores
+
+
+def filed(draw: Draw, setting: Setting, other: str = "ours") -> str:
+    """The key of a draw's scores in the journal."""
+    return "/".join([*map(str, asdict(setting).values()), other, " ".join(draw.labels)])
 
 
 def _read(job: Job, item: Item, setting: Setting, decoder: LatentDecoder | None = None) -> Reading:
@@ -224,10 +226,9 @@ def run(job: Job) -> Result:
 
     total, done, found = sum(len(drawn) for _, drawn, _ in work.values()), 0, {name: [] for name in work}
     for name, (setting, drawn, other) in work.items():
-        how = "/".join([*map(str, asdict(setting).values()), other or "ours"])
         for draw in drawn:
             make = partial(score_draw, job, draw, setting, job.rows[other] if other else None)
-            found[name].append(job.once(f"{how}/{' '.join(draw.labels)}", make))
+            found[name].append(job.once(filed(draw, setting, other or "ours"), make))
             done += 1
             job.progress(done, total, name)
 
@@ -255,8 +256,7 @@ def fixed(job: Job, items: Sequence[Item]) -> Table:
     setting = Setting(layer_name(job.decoder.config.check_layers(None)))
     draws, found = make_draws(items, M, job.seed), []
     for draw in draws:
-        how = "/".join(map(str, asdict(setting).values()))
-        found.append(job.once(f"{how}/ours/{' '.join(draw.labels)}", partial(score_draw, job, draw, setting)))
+        found.append(job.once(filed(draw, setting), partial(score_draw, job, draw, setting)))
         job.progress(len(found), len(draws), "fixed")
     rows = {reader: _cells(draws, scores) for reader, scores in _by_reader(found).items()}
     return Table(TITLES["fixed"], COLUMNS, rows, _note(items, draws, setting))

@@ -259,12 +259,10 @@ def _asked(job: Job, chats: Sequence, layer: Layer, question: str) -> tuple[list
     """The decoder's readings of chats, and its answers: "ours", "none", "shuffled", and "ours" of every further decoder of the run."""
     readings = [job.read(chat, SPAN, layer) for chat in chats]
     donors = readings[1:] + readings[:1] if len(readings) > 1 else [None]
-    prompts = {
-        "ours": [batch.ask(reading, question) for reading in readings],
-        "none": [batch.ask(reading, question, "none") for reading in readings],
-        "shuffled": [batch.ask(reading, question, "shuffled", donor) for reading, donor in zip(readings, donors, strict=True)],
-    }
-    found = {method: batch.texts(batch.adapted(job.decoder), asked, NEW_TOKENS) for method, asked in prompts.items()}
+    sources, pairs = {"ours": "true", "none": "none", "shuffled": "shuffled"}, list(zip(readings, donors, strict=True))
+    asked = [batch.ask(reading, question, source, donor) for source in sources.values() for reading, donor in pairs]
+    said = iter(batch.texts(batch.adapted(job.decoder), asked, NEW_TOKENS))
+    found = {method: [next(said) for _ in pairs] for method in sources}
     for name, other in job.rows.items():
         if other.config.reads(layer):
             prompts = [batch.ask(job.read(chat, SPAN, layer, other), question) for chat in chats]

@@ -174,29 +174,30 @@ def _measure(job: Job, where: str, sides: Sequence[Sequence[Side]], donors: Sequ
     def read(side: Side, decoder=None):
         return job.read_under(side.system, side.message, decoder)
 
-    def measure(runner: batch.Runner, prompts: Sequence[batch.Prompt]) -> list[dict]:
-        scores = batch.score(runner, [prompts[i] for i, _ in pairs], [flat[j].answer for _, j in pairs])
-        value, said = dict(zip(pairs, scores, strict=True)), batch.say(runner, prompts, MAX_NEW_TOKENS)
-        return [{"scores": [[value[i, j] for j in span] for i in span], "answers": [said[i].text for i in span]} for span in spans]
+    def measure(runner: batch.Runner, prompts: dict[str, list[batch.Prompt]]) -> dict[str, list[dict]]:
+        asked = [own[i] for own in prompts.values() for i, _ in pairs]
+        scores = iter(batch.score(runner, asked, [flat[j].answer for _, j in pairs] * len(prompts)))
+        said = iter(batch.texts(runner, [prompt for own in prompts.values() for prompt in own], MAX_NEW_TOKENS))
+        return {
+            row: [{"scores": [[next(scores) for _ in span] for _ in span], "answers": [next(said) for _ in span]} for span in spans]
+            for row in prompts
+        }
 
     def references() -> dict[str, list[dict]]:
         readings = [read(side) for side in flat]
         strangers = [read(donor[k % len(donor)]) for donor, group in zip(donors, sides, strict=True) for k in range(len(group))]
         questions = [side.question for side in flat]
         asked = list(zip(readings, questions, strangers, strict=True))
-        ours = batch.adapted(job.decoder)
-        return {
-            "ours": measure(ours, [batch.ask(reading, q) for reading, q, _ in asked]),
-            "none": measure(ours, [batch.ask(reading, q, "none") for reading, q, _ in asked]),
-            "shuffled": measure(ours, [batch.ask(reading, q, "shuffled", other) for reading, q, other in asked]),
-            "text_only": measure(batch.bare(job.decoder), [batch.text_only(reading, q) for reading, q, _ in asked]),
-        }
+        sources = {"ours": "true", "none": "none", "shuffled": "shuffled"}
+        prompts = {row: [batch.ask(reading, q, source, other) for reading, q, other in asked] for row, source in sources.items()}
+        text_only = {"text_only": [batch.text_only(reading, q) for reading, q, _ in asked]}
+        return measure(batch.adapted(job.decoder), prompts) | measure(batch.bare(job.decoder), text_only)
 
     rows = job.once(where, references)
     for name, decoder in job.further.items():
 
         def more(decoder=decoder) -> dict[str, list[dict]]:
-            return {"results": measure(batch.adapted(decoder), [batch.ask(read(side, decoder), side.question) for side in flat])}
+            return measure(batch.adapted(decoder), {"results": [batch.ask(read(side, decoder), side.question) for side in flat]})
 
         rows = rows | {name: job.once(f"{where}/{name}", more)["results"]}
     return rows

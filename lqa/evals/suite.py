@@ -130,6 +130,11 @@ class Job:
         self._seconds[key] = record["seconds"]
         return record["value"]
 
+    def filed(self, suite: str, key: str) -> dict | None:
+        """What another suite of this run has filed under `key`, or None."""
+        record = self.journal.records.get(f"{suite}/{key}")
+        return record and record["value"]
+
     @property
     def seconds(self) -> float:
         """What the results took, those of earlier runs included."""

@@ -159,9 +159,11 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
     last = torch.stack([reading.activations[-1] for reading in readings])  # of the last layer, if several are read
     # The colon, which the paper's model writes itself, is given, so that answers can be scored behind it.
     described = patchscope(decoder.base, last, DESCRIPTION + ":", "x")
+    asked, n = [batch.ask(reading, question, source) for source in ("true", "none") for reading in readings], len(readings)
+    read_or_not = both(runner, asked)
     found = {
-        "ours": both(runner, [batch.ask(reading, question) for reading in readings]),
-        "none": both(runner, [batch.ask(reading, question, "none") for reading in readings]),
+        "ours": {what: rows[:n] for what, rows in read_or_not.items()},
+        "none": {what: rows[n:] for what, rows in read_or_not.items()},
         "text_only": both(target, [batch.text_only(reading, question) for reading in readings]),
         "reply": both(target, [told(reply) for reply in replies]),
         "selfie": both(batch.bare(decoder, WRITE_LAYER), selfie(decoder.base, last)),
