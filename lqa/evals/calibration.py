@@ -29,8 +29,8 @@ from pathlib import Path
 
 import torch
 
+from lqa.activations import layer_name
 from lqa.calibration import Calibration, fit
-from lqa.config import layer_name
 from lqa.decoder import LatentDecoder
 from lqa.errors import LqaError
 from lqa.evals import batch, data, embedding
