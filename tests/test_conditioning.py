@@ -1,6 +1,7 @@
 """Conditioning by exact tensors; the reference is the visible turns alone; decoder and trainer agree on what is injected."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -280,6 +281,31 @@ def test_the_fit_predicts_what_the_write_layer_holds_for_the_control(tiny, confi
     assert np.allclose(projection.maps[1][1].double().numpy(), centre.numpy() - weight @ mean, atol=1e-3 * np.abs(weight).max())
     again = fit_projection(base, config, controls, how, seed=3)
     assert torch.equal(again.maps[1][0], projection.maps[1][0])
+
+
+def test_cross_fitted_maps_have_not_seen_their_controls(tiny, config_for):
+    """Each fold's maps are those of a fit to the other controls alone, but for the common centre."""
+    from lqa.corpus import cluster_of, load_controls, share_of
+    from train.projection import CrossFitted, ProjectionConfig, assign_folds, fit_projection
+
+    base = tiny("smol")
+    config = config_for(base, conditioning="projected", write_layer=0)
+    controls = share_of(load_controls("train"), 0.03)
+    how = dict(messages=1, ridge=0.3, scale=2.0)
+    crossed = fit_projection(base, config, controls, ProjectionConfig(**how, folds=3), seed=3)
+    assert isinstance(crossed, CrossFitted) and len(crossed.folds) == 3
+    assert crossed.digest() == fit_projection(base, config, controls, ProjectionConfig(**how), seed=3).digest()  # what the decoder keeps
+    clusters, fold_of = cluster_of(controls), assign_folds(controls, 3)
+    assert crossed.fold_of == fold_of and sorted(set(fold_of.values())) == [0, 1, 2]
+    assert all(fold_of[a] == fold_of[b] for a in clusters for b in clusters if clusters[a] == clusters[b])
+
+    changed = [c if fold_of[c.id] else replace(c, control="You like green tea.") for c in controls]  # fold 0 says something else
+    again = fit_projection(base, config, changed, ProjectionConfig(**how, folds=3), seed=3)
+    for k in config.maps:
+        assert torch.allclose(again.folds[0].maps[k][0], crossed.folds[0].maps[k][0], atol=1e-4)
+        assert not torch.allclose(again.folds[1].maps[k][0], crossed.folds[1].maps[k][0], atol=1e-2)
+    own = next(c.id for c in controls if fold_of[c.id] == 2)
+    assert crossed.without(own) is crossed.folds[2] and crossed.without("of no control") is crossed
 
 
 def test_the_centre_is_the_mean_of_what_training_reads(tiny, config_for, examples):

@@ -58,7 +58,8 @@ class LatentQACollator:
     read_spans, read_layers                  lists    the token indices and the layers that are read, for each row of read_ids
     read_references                          list     for each patched row its reference, or None: the row of read_ids, and which of the
                                                       span's tokens have a counterpart there
-    activations                              (N, D)   in place of the five above, if `cache` holds all readings of the batch
+    read_names                               list     for each patched row the id of its example
+    activations                              (N, D)   in place of the six above, if `cache` holds all readings of the batch
     cache_paths                              list     where to store what is read now, if `cache` is given but lacks some
 
     The source of activations is thereby a choice: live (no cache) or the disk.  Raises LqaError if a chat or row exceeds the context.
@@ -95,12 +96,13 @@ class LatentQACollator:
         return row, passes
 
     def __call__(self, examples: list[dict]) -> dict[str, object]:
-        rows, reads = [], []
+        rows, reads, names = [], [], []
         for example in examples:
             row, passes = self.row(example)
             rows.append(row)
             if passes and example["patched"]:
                 reads.append((passes, example["layers"]))
+                names.append(example["id"])
         padding = {"input_ids": self.pad_id, "position_ids": 0, "branch": PAD, "labels": IGNORE, "slots": False}
         batch: dict[str, object] = {key: _pad([row[key] for row in rows], value) for key, value in padding.items()}
         if not reads:
@@ -123,6 +125,7 @@ class LatentQACollator:
             "read_spans": [span for _, span, _ in passes],
             "read_layers": [layers for _, _, layers in passes],
             "read_references": references,
+            "read_names": names,
         }
 
 

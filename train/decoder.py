@@ -225,7 +225,7 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
     if sidecar.conditioning in MAPPED and projection is None:
         projection = _projection(base, sidecar, train, data, fitting, args, config)
     source = base.fingerprint() | {"precision": "bf16" if args.bf16 else str(base.dtype)}
-    source |= {"projection": projection.digest()} if projection else {}
+    source |= {"projection": projection.digest(), "folds": fitting.folds} if projection else {}
     cache = ActivationCache(config.cache, source) if config.cache else None
     collator = LatentQACollator(base.tokenizer, sidecar, base.context, cache)
     # PEFT writes the base's id into the adapter and its card: never a path of this machine.
@@ -249,18 +249,21 @@ def build_trainer(config: TrainConfig, callbacks=(), projection=None):
 
 
 def _projection(base, sidecar, controls, data, fitting, args, config: TrainConfig):
-    """The maps for a run: those of the checkpoint that it goes on from, of the warm start, or made now."""
+    """The maps for a run: those of the checkpoint that it goes on from, of the warm start, or made now; cross-fitted ones of a warm start
+    are not kept with it, and all are made again."""
     import torch
     from transformers.trainer_utils import get_last_checkpoint
 
     from lqa.conditioning import PROJECTION, Projection
-    from train.projection import fit_centre, fit_projection, identity
+    from train.projection import CrossFitted, assign_folds, fit_centre, fit_projection, identity
 
     # A resumed run goes on with the maps of its checkpoint; without a checkpoint nothing has been trained on any.
     last = get_last_checkpoint(args.output_dir) if config.resume and Path(args.output_dir).is_dir() else None
+    folds = CrossFitted.load_folds(args.output_dir, sidecar, base.hidden_size, fitting.folds) if last else None
     for folder in (last, config.warm_start):
-        if folder and Path(folder, PROJECTION).is_file():
-            return Projection.load(folder, sidecar.maps, base.hidden_size, sidecar.conditioning)
+        if folder and Path(folder, PROJECTION).is_file() and bool(fitting.folds) == bool(folds):
+            kept = Projection.load(folder, sidecar.maps, base.hidden_size, sidecar.conditioning)
+            return CrossFitted(kept, folds, assign_folds(controls, fitting.folds)) if folds else kept
     if sidecar.conditioning == "projected" and fitting.start == "identity":
         return identity(sidecar.maps, base.hidden_size)
     centred = sidecar.conditioning == "centred"
@@ -268,7 +271,10 @@ def _projection(base, sidecar, controls, data, fitting, args, config: TrainConfi
     with torch.autocast(base.device.type, torch.bfloat16, enabled=args.bf16):
         if centred:
             return fit_centre(base, sidecar, data.select(range(min(fitting.readings, len(data)))))
-        return fit_projection(base, sidecar, controls, fitting, args.seed, config.mixture.get("shuffled_activations", False))
+        made = fit_projection(base, sidecar, controls, fitting, args.seed, config.mixture.get("shuffled_activations", False))
+    if isinstance(made, CrossFitted):
+        made.save_folds(args.output_dir)
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,9 @@
 "centred": minus the mean over what training reads.  "projected": for readings of training controls in the system turn, whose messages know
 nothing of them, ridge regression predicts from the difference h - h0 at one token what the write layer holds, on average over tokens, where
 the decoder's prompt has the control's text instead of slots.
+
+A regression fits the controls that it was made from better than new ones, and a decoder trained on that would trust it too much.  With
+`folds`, training reads each control through maps that were made without it (cross-fitting, as in stacking: Wolpert 1992).
 """
 
 from __future__ import annotations
@@ -10,20 +13,22 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lqa.activations import Layer, capture, layer_list
 from lqa.chat import render, resolve_span
-from lqa.conditioning import Projection, reference
+from lqa.conditioning import PROJECTION, Projection, reference
 from lqa.config import DecoderConfig
-from lqa.corpus import Control, load_messages
+from lqa.corpus import Control, cluster_of, load_messages
 from lqa.errors import LqaError
 from lqa.models import Base
 from train.data import control_chat
 
 STARTS = ("fitted", "identity")
+FOLDS = "folds"  # folder of a run
 BATCH = 32  # passes at a time, sorted by length
 
 
@@ -37,7 +42,7 @@ class ProjectionConfig:
     messages: int = 2  # readings of each control, each with another message
     ridge: float = 0.1  # in units of the standardised differences' variance
     scale: float = 6.0  # by how much a prediction is stretched from the mean: ridge regression shrinks it
-
+    folds: int = 0  # in training a control is read through maps made without it and others of its fold; 0: through those of all
 
     def check(self, conditioning: str, messages: int) -> ProjectionConfig:
         """Raises ValueError for what cannot be done; `messages` are in the pool."""
@@ -49,9 +54,54 @@ class ProjectionConfig:
             raise ValueError(f"projection.messages must be between 1 and {messages}, not {self.messages}")
         if self.readings < 1:
             raise ValueError(f"projection.readings must be at least 1, not {self.readings}")
+        if self.folds != 0 and (isinstance(self.folds, bool) or not isinstance(self.folds, int) or self.folds < 2):
+            raise ValueError(f"projection.folds must be 0 or a whole number from 2, not {self.folds!r}")
+        if self.folds and (self.train or self.start != "fitted"):
+            raise ValueError("projection.folds are for maps that are fitted and stay so; leave out projection.train and projection.start")
+        if self.folds and conditioning != "projected":
+            raise ValueError(f"projection.folds go with the conditioning 'projected', not {conditioning!r}")
         if conditioning != "projected" and (self.train or self.start != "fitted"):
             raise ValueError(f"projection.start and projection.train go with the conditioning 'projected', not {conditioning!r}")
         return self
+
+
+class CrossFitted(Projection):
+    """The maps of all controls, which the decoder keeps, with those that training reads its controls through.
+
+    folds    maps made without the controls of one fold each
+    fold_of  {control id: its fold}; anything else is read through the maps of all
+    """
+
+    def __init__(self, projection: Projection, folds: Sequence[Projection], fold_of: dict[str, int]):
+        super().__init__(projection.maps)
+        self.folds, self.fold_of = list(folds), fold_of
+
+    def without(self, name: str) -> Projection:
+        """The maps for an example of the control `name`."""
+        return self.folds[self.fold_of[name]] if name in self.fold_of else self
+
+    def save_folds(self, folder: str | Path) -> None:
+        """For a run that goes on later; they are no part of a decoder."""
+        for n, fold in enumerate(self.folds):
+            Path(folder, FOLDS, str(n)).mkdir(parents=True, exist_ok=True)
+            fold.save(Path(folder, FOLDS, str(n)))
+
+    @staticmethod
+    def load_folds(folder: str | Path, config: DecoderConfig, width: int, n: int) -> list[Projection] | None:
+        """What `save_folds` wrote; None unless all n are there."""
+        places = [Path(folder, FOLDS, str(i)) for i in range(n)]
+        if not all((place / PROJECTION).is_file() for place in places):
+            return None
+        return [Projection.load(place, config.maps, width) for place in places]
+
+
+def assign_folds(controls: Sequence[Control], n: int) -> dict[str, int]:
+    """{control id: its fold, 0 to n - 1}; controls that resemble each other share one, as they share a split."""
+    clusters = cluster_of(controls)
+    order = sorted(set(clusters.values()))
+    random.Random("folds").shuffle(order)
+    fold = {cluster: i % n for i, cluster in enumerate(order)}
+    return {c.id: fold[clusters[c.id]] for c in controls}
 
 
 def identity(blocks: Sequence[Layer], width: int) -> Projection:
@@ -78,7 +128,8 @@ def fit_centre(base: Base, config: DecoderConfig, examples: Sequence[dict]) -> P
 def fit_projection(
     base: Base, config: DecoderConfig, controls: tuple[Control, ...], how: ProjectionConfig, seed: int, shuffled: bool = False
 ) -> Projection:
-    """The maps of `config.maps` for `controls`; the same arguments give the same maps.  Raises LqaError for too little data.
+    """The maps of `config.maps` for `controls`, CrossFitted if `how.folds`; the same arguments give the same maps.
+    Raises LqaError for too little data.
 
     shuffled   every control's readings are to predict the text of one far from it: the maps of a fake (mixture.shuffled_activations)
     """
@@ -97,43 +148,70 @@ def fit_projection(
     if shuffled:
         wanted = wanted.roll(len(wanted) // 2, 0)  # far off: neighbours in the corpus are alike
     centre = wanted.mean(0)
-    d = base.hidden_size
-    sums = {}
-    for k in config.maps:
-        e = d * len(layer_list(k))
-        sums[k] = [*(torch.zeros(size, dtype=torch.float64) for size in ((e,), (e, e), (e, d))), 0]
+    fold_of = assign_folds(controls, how.folds) if how.folds else {}
+    folds = [fold_of.get(c.id, 0) for c in controls]
+    n_folds = how.folds or 1
+    sums = {k: [_Sums.zeros(base.hidden_size * len(layer_list(k)), base.hidden_size) for _ in range(n_folds)] for k in config.maps}
     references = {}  # each message alone: once for all controls that are read with it
     for part in _by_length(list(dict.fromkeys(r[2] for r in readings)), len):
         acts = _capture(base, [list(ids) for ids in part], config.read_layers)
         references |= {ids: {j: h[i, : len(ids)] for j, h in acts.items()} for i, ids in enumerate(part)}
     for part in _by_length(readings, lambda r: len(r[0])):
         acts = _capture(base, [r[0] for r in part], config.read_layers)
-        for k, (first, second, cross, _) in sums.items():
+        for k, own in sums.items():
             for i, (_, span, alone, places, which) in enumerate(part):
                 x = torch.cat([acts[j][i, span] - references[alone][j][places] for j in layer_list(k)], 1).double()
-                first += x.sum(0)
-                second += x.T @ x
-                cross += x.sum(0).outer(wanted[which] - centre)
-                sums[k][3] += len(span)
-    maps = {}
-    for k, (first, second, cross, n) in sums.items():
-        mean = first / n
-        covariance = second / n - mean.outer(mean)
+                own[folds[which]].add(x, wanted[which] - centre)
+    whole = {k: _Sums.total(own) for k, own in sums.items()}
+    projection = Projection({k: total.solve(how, centre) for k, total in whole.items()})
+    if not how.folds:
+        return projection
+    others = [Projection({k: whole[k].less(own[n]).solve(how, centre) for k, own in sums.items()}) for n in range(n_folds)]
+    return CrossFitted(projection, others, fold_of)
+
+
+@dataclass
+class _Sums:
+    """What a regression from x (E,) to y (D,) needs of the data."""
+
+    n: int
+    x: Tensor  # (E,)
+    y: Tensor  # (D,)
+    xx: Tensor  # (E, E)
+    xy: Tensor  # (E, D)
+
+    @classmethod
+    def zeros(cls, e: int, d: int) -> _Sums:
+        return cls(0, *(torch.zeros(size, dtype=torch.float64) for size in ((e,), (d,), (e, e), (e, d))))
+
+    def _parts(self):
+        return (self.n, self.x, self.y, self.xx, self.xy)
+
+    @classmethod
+    def total(cls, sums: Sequence[_Sums]) -> _Sums:
+        return cls(*(sum(parts) for parts in zip(*(s._parts() for s in sums), strict=True)))
+
+    def less(self, other: _Sums) -> _Sums:
+        return _Sums(*(a - b for a, b in zip(self._parts(), other._parts(), strict=True)))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows x (N, E), all with the target y (D,)."""
+        self.n += len(x)
+        self.x += x.sum(0)
+        self.y += len(x) * y
+        self.xx += x.T @ x
+        self.xy += x.sum(0).outer(y)
+
+    def solve(self, how: ProjectionConfig, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (D, E) and bias (D,) of a map to y + centre."""
+        mean = self.x / self.n
+        covariance = self.xx / self.n - mean.outer(mean)
         spread = covariance.diagonal().clamp_min(1e-12).sqrt()
-        cross = (cross / n - mean.outer(_mean_target(readings, wanted, centre))) / spread[:, None]
+        cross = (self.xy / self.n - mean.outer(self.y / self.n)) / spread[:, None]
         correlation = covariance / spread.outer(spread)
         solved = torch.linalg.solve(correlation + how.ridge * torch.eye(len(mean), dtype=torch.float64), cross)
         weight = how.scale * (solved / spread[:, None]).T
-        maps[k] = (weight.float(), (centre - weight @ mean).float())
-    return Projection(maps)
-
-
-def _mean_target(readings, wanted: Tensor, centre: Tensor) -> Tensor:
-    """The mean of the centred targets over the tokens of all readings: long messages count more."""
-    weights = torch.zeros(len(wanted), dtype=torch.float64)
-    for _, span, _, _, which in readings:
-        weights[which] += len(span)
-    return weights @ (wanted - centre) / weights.sum()
+        return weight.float(), (centre - weight @ mean).float()
 
 
 def _write_layer_means(base: Base, config: DecoderConfig, controls: tuple[Control, ...]) -> Tensor:

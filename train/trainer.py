@@ -25,6 +25,7 @@ from lqa.injection import Injection
 from lqa.masks import block_mask
 from lqa.models import Base
 from train.collator import LatentQACollator
+from train.projection import CrossFitted
 
 # What a decoder on the Hub consists of; checkpoints also hold optimizer states, which are pickles.
 PUBLISHED = ("adapter_model.safetensors", "adapter_config.json", SIDECAR, PROJECTION, "README.md")
@@ -110,9 +111,17 @@ class LatentQATrainer(SFTTrainer):
         n = len(inputs["read_references"])
         rows = [row for part in (slice(0, n), slice(n, None)) for row in self._read(inputs, part)]
         config = self.decoder_config
-        how = (config.conditioning, config.conditioning_constant, self.projection)
+        how = (config.conditioning, config.conditioning_constant)
+        crossed = isinstance(self.projection, CrossFitted)
         rows = [
-            condition(rows[i], other and rows[other[0]], other and other[1], config.blocks(inputs["read_layers"][i]), *how)
+            condition(
+                rows[i],
+                other and rows[other[0]],
+                other and other[1],
+                config.blocks(inputs["read_layers"][i]),
+                *how,
+                self.projection.without(inputs["read_names"][i]) if crossed else self.projection,
+            )
             for i, other in enumerate(inputs["read_references"])
         ]
         if "cache_paths" in inputs:
