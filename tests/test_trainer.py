@@ -354,7 +354,7 @@ def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     first = ["conditioning=projected", "projection.messages=1"]
     assert main(["--config", str(path), *first]) == 0
     maps = Projection.load(out, [0, 1], 32)
-    fitted = {"start": "fitted", "train": False, "readings": 256, "messages": 1, "ridge": 0.1, "scale": 6.0}
+    fitted = {"start": "fitted", "train": False, "readings": 256, "messages": 1, "ridge": 0.1, "scale": 6.0, "folds": 0}
     assert DecoderConfig.load(out).training["projection"] == fitted and DecoderConfig.load(out).projection == maps.digest()
     assert Projection.load(out / "checkpoint-1", [0, 1], 32).digest() == maps.digest()
     assert "Fitting" in capsys.readouterr().err
@@ -364,6 +364,36 @@ def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     export(out, out.parent / "decoder")
     decoder = LatentDecoder.from_pretrained(out.parent / "decoder", base=tiny("llama", max_position_embeddings=4096))
     assert torch.allclose(decoder.projection.maps[1][0], maps.maps[1][0], rtol=2e-3, atol=1e-4)
+
+
+def test_cross_fitted_maps_are_trained_on_and_gone_on_with_and_are_no_part_of_the_decoder(entry, capsys):
+    path, out = entry
+    how = ["conditioning=projected", "projection={messages: 1, folds: 2}", "mixture.none=0", "training_args.eval_strategy='no'"]
+    assert main(["--config", str(path), *how]) == 0
+    capsys.readouterr()
+    trainer = build_trainer(load_config(path, [*how, "training_args.max_steps=3", "examples=6"]))
+    assert "Fitting" not in capsys.readouterr().err and trainer.projection.digest() == DecoderConfig.load(out).projection
+    batch = trainer.data_collator(list(trainer.train_dataset)[:2])
+    fold, other = (trainer.projection.folds[i] for i in (0, 1))
+    assert fold.digest() != other.digest() != trainer.projection.digest()
+    found = {}
+    for place in (0, 1, None):
+        trainer.projection.fold_of = {name: place for name in batch["read_names"] if place is not None}
+        found[place] = trainer.read(batch)
+    for maps, place in ((fold, 0), (other, 1), (Projection.load(out, [0, 1], 32), None)):
+        trainer.projection = maps
+        assert torch.equal(trainer.read(batch), found[place])
+    export(out, out.parent / "decoder")
+    assert not (out.parent / "decoder" / "folds").exists() and (out / "folds").is_dir()
+
+
+@pytest.mark.parametrize(
+    "how", ["folds: 1", "folds: true", "{folds: 2, train: true}", "{folds: 2, start: identity}"]
+)
+def test_folds_that_cannot_be_are_refused(entry, capsys, how):
+    section = how if how.startswith("{") else "{" + how + "}"
+    assert main(["--config", str(entry[0]), "conditioning=projected", f"projection={section}"]) == 2
+    assert "projection.folds" in capsys.readouterr().err
 
 
 def test_a_projection_may_start_at_the_identity_and_be_trained_with_the_adapter(entry, tiny, capsys):
