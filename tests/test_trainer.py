@@ -465,7 +465,7 @@ def test_centred_training_stores_the_means(entry, tiny):
 def test_visible_text_trains_a_reference_of_the_same_budget(entry, capsys, tiny):
     """text_only_trained: the same LoRA, steps and data; nothing is fitted, read or injected, whatever the config says of that."""
     path, out = entry
-    assert main(["--config", str(path), "conditioning=projected", "visible_text=true"]) == 0
+    assert main(["--config", str(path), "conditioning=projected", "merged=true", "default_layer=[0, 1]", "visible_text=true"]) == 0
     assert "Fitting" not in capsys.readouterr().err and not (out / "projection.safetensors").exists()
     config = DecoderConfig.load(out)
     assert (config.injection, config.conditioning, config.training["steps"], config.lora["r"]) == ("visible_text", "raw", 2, 2)

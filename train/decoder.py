@@ -120,6 +120,9 @@ def _effective(config: TrainConfig) -> TrainConfig:
     if not config.visible_text:
         return config
     unused = {"injection": VISIBLE_TEXT, "injection_constant": None, "conditioning": "raw", "conditioning_constant": None, "projection": {}}
+    if config.merged:  # nothing is read: any one layer stands for those that would be
+        layers = sorted(config.read_layers)
+        unused |= {"merged": False, "default_layer": layers[len(layers) // 2]}
     return replace(config, **unused)
 
 
