@@ -117,9 +117,9 @@ def bench_read(
         | _judged(medians["ours"] / medians["generate"], "seconds(ours) / seconds(generate)", READ_TARGETS["generate"]),
     }
     if not skip_paper:
-        twin, h0 = _twin(decoder.base), _reference_activations(decoder, reading)
+        twin, compared = _twin(decoder.base), _reference_activations(decoder, reading)
         start = _now()
-        theirs, ties = _read_paper(decoder, twin, asked, new_tokens, tokens, h0)
+        theirs, ties = _read_paper(decoder, twin, asked, new_tokens, tokens, *compared)
         seconds["paper"] = [_now() - start]
         _say(f"  paper     {seconds['paper'][0]:8.2f} s")
         result["paper"] = {"seconds": seconds["paper"]} | _judged(
@@ -186,16 +186,23 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[Tenso
     return ids, mask, (mask.cumsum(1) - 1).clamp_min(0)
 
 
-def _reference_activations(decoder: LatentDecoder, reading: Reading) -> Tensor | None:
-    """What the decoder's conditioning compares with, (N, D); None if with nothing.  Every token of the benchmark's span has a reference."""
+def _reference_activations(decoder: LatentDecoder, reading: Reading) -> tuple[Tensor | None, list[bool] | None]:
+    """What the decoder's conditioning compares with, (N, D), and which tokens are of the opening; None if with nothing.  Every token of
+    the benchmark's span has a reference."""
     if decoder.config.conditioning not in REFERENCED:
-        return None
+        return None, None
     found = reference(decoder.base.tokenizer, reading.rendered, list(reading.span))
-    return decoder._capture(found.rendered, found.places, reading.layers) if found else None
+    return (decoder._capture(found.rendered, found.places, reading.layers), found.opening) if found else (None, None)
 
 
 def _read_paper(
-    decoder: LatentDecoder, twin: Base, asked: list[str], new: int, ours: Tensor, h0: Tensor | None = None
+    decoder: LatentDecoder,
+    twin: Base,
+    asked: list[str],
+    new: int,
+    ours: Tensor,
+    h0: Tensor | None = None,
+    opening: list[bool] | None = None,
 ) -> tuple[Tensor, int]:
     """The new tokens (questions, new), and how many rows part from `ours` at a tie.  `twin` is the decoder's copy of the weights."""
     base, config = decoder.base, decoder.config
@@ -206,7 +213,7 @@ def _read_paper(
         model(input_ids=target_ids, attention_mask=torch.ones_like(target_ids), use_cache=False)
     activations = gather_spans({k: captured[k] for k in layers}, [span] * len(asked), [layers] * len(asked))
     how = (config.conditioning, config.conditioning_constant, decoder.projection)
-    activations = torch.cat([condition(h, h0, None, config.blocks(layers), *how) for h in activations.chunk(len(asked))])
+    activations = torch.cat([condition(h, h0, None, config.blocks(layers), *how, opening) for h in activations.chunk(len(asked))])
     prefix, slots = config.prompt.prefix(base.tokenizer, config.slot_token_id, len(span), config.blocks(layers))
     prompts = [prefix + config.prompt.question(base.tokenizer, q) for q in asked]
     ids, mask, positions = _left_padded(prompts, 0, base.device)

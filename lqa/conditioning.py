@@ -17,6 +17,9 @@ all of them `contrast` is an error, else it injects h as the others do.
 All read layers may be merged into one block (DecoderConfig.merged): one map P, of the differences at all of them, side by side.  What each
 layer holds of the hidden text is noisy, and the noise differs: together they tell it much better.
 
+The opening, the tokens of the header before any visible word, may have maps of their own: what changed there owes to the hidden text alone,
+and not to how it goes with the visible words.
+
 `projected` starts from a fit (train.projection): from the difference at one token it predicts what the write layer would hold for the
 hidden text.  The model can already read that, so a decoder starts with its input in a form that it knows.  Or it starts at the identity,
 as `contrast`; and from either it may be trained together with the adapter.
@@ -47,23 +50,28 @@ class Projection:
     """An affine map for each block that is read: `maps[k]` = weight (D, D), bias (D); what is injected is `weight @ x + bias`.
 
     The weight of "centred" is None, the identity, and its bias -mu_k.  Of L merged layers, a tuple, the weight is (D, L * D).
+    `opening` are such maps for the tokens of the opening; empty where these have none of their own.
     """
 
-    def __init__(self, maps: dict[Layer, tuple[Tensor | None, Tensor]]):
-        self.maps = maps
+    def __init__(self, maps: dict[Layer, Map], opening: dict[Layer, Map] | None = None):
+        self.maps, self.opening = maps, opening or {}
 
-    def __call__(self, x: Tensor, block: Layer) -> Tensor:
-        """(N, D), or (N, L * D) of merged layers -> (N, D); differentiable."""
-        weight, bias = self.maps[block]
-        return (x if weight is None else x @ weight.to(x).T) + bias.to(x)
+    def __call__(self, x: Tensor, block: Layer, opening: Sequence[bool] | None = None) -> Tensor:
+        """(N, D), or (N, L * D) of merged layers -> (N, D); differentiable.  `opening` tells which of the N rows are of the opening."""
+        out = _affine(x, *self.maps[block])
+        if not self.opening or not opening or not any(opening):
+            return out
+        return torch.where(torch.tensor(opening, device=x.device)[:, None], _affine(x, *self.opening[block]), out)
 
     def trainable(self, device) -> nn.ParameterDict:
         """Makes parameters of the maps, on `device`, for an optimizer."""
-        self.maps = {k: tuple(t if t is None else nn.Parameter(t.to(device, torch.float32)) for t in m) for k, m in self.maps.items()}
+        for maps in (self.maps, self.opening):
+            maps |= {k: tuple(t if t is None else nn.Parameter(t.to(device, torch.float32)) for t in m) for k, m in maps.items()}
         return nn.ParameterDict({name.replace(".", "_"): t for name, t in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {f"{_name(k)}.{part}": t for k, m in self.maps.items() for part, t in zip(_PARTS, m, strict=True)}
+        both = (("", self.maps), (_OPENING, self.opening))
+        named = {f"{_name(k)}{of}.{part}": t for of, maps in both for k, m in maps.items() for part, t in zip(_PARTS, m, strict=True)}
         return {name: t for name, t in named.items() if t is not None}
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -77,7 +85,7 @@ class Projection:
 
     def digest(self) -> str:
         """A hash of the maps."""
-        tensors = [t for k in sorted(self.maps, key=layer_list) for t in self.maps[k] if t is not None]
+        tensors = [t for maps in (self.maps, self.opening) for k in sorted(maps, key=layer_list) for t in maps[k] if t is not None]
         parts = [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -99,22 +107,29 @@ class Projection:
             raise LqaError(f"{folder} has no {PROJECTION}, which its conditioning needs; download or train the decoder again.") from error
         except (SafetensorError, OSError) as error:
             raise LqaError(f"{path} is damaged ({error}); download or train the decoder again.") from error
-        shapes = {f"{_name(k)}.bias": (width,) for k in blocks}
+        openings = ("", _OPENING) if any(_OPENING in name for name in tensors) else ("",)
+        shapes = {f"{_name(k)}{of}.bias": (width,) for k in blocks for of in openings}
         if conditioning != "centred":
-            shapes |= {f"{_name(k)}.weight": (width, width * len(layer_list(k))) for k in blocks}
+            shapes |= {f"{_name(k)}{of}.weight": (width, width * len(layer_list(k))) for k in blocks for of in openings}
         if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
             wanted = f"maps of width {width} for the layers {', '.join(map(_name, blocks))} and the conditioning {conditioning!r}"
             raise LqaError(f"{path} does not hold {wanted}; it is another decoder's.")
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise LqaError(f"{path} holds values that are not finite; download or train the decoder again.")
         tensors = {name: t.float() for name, t in tensors.items()}
-        found = cls({k: tuple(tensors.get(f"{_name(k)}.{part}") for part in _PARTS) for k in blocks})
+        found = cls(*({k: tuple(tensors.get(f"{_name(k)}{of}.{part}") for part in _PARTS) for k in blocks} for of in openings))
         if digest not in (None, found.digest()):
             raise LqaError(f"{path} has the digest {found.digest()}, but the sidecar names {digest}; it is another decoder's.")
         return found
 
 
+Map = tuple[Tensor | None, Tensor]  # weight, bias
 _PARTS = ("weight", "bias")
+_OPENING = ".opening"
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
+    return (x if weight is None else x @ weight.to(x).T) + bias.to(x)
 
 
 def _name(block: Layer) -> str:
@@ -129,21 +144,30 @@ def condition(
     name: str,
     constant: float | None = None,
     projection: Projection | None = None,
+    opening: Sequence[bool] | None = None,
 ) -> Tensor:
     """What is injected, (B * N, D), for activations h (L * N, D), layer after layer, of the L layers of the B `blocks`; differentiable.
 
     h0     (L * M, D) the reference's activations; None if no token has a reference
     which  the M of a layer's N rows that h0 belongs to; None: all
+    opening  which of the M are of the opening; None: none
     """
     sizes = [len(layer_list(block)) for block in blocks]
     own = h.unflatten(0, (sum(sizes), -1)).split(sizes)  # (layers of the block, N, D)
     others = [None] * len(sizes) if h0 is None else h0.unflatten(0, (sum(sizes), -1)).split(sizes)
     parts = zip(own, others, blocks, strict=True)
-    return torch.cat([_condition(h, h0, which, block, name, constant, projection) for h, h0, block in parts])
+    return torch.cat([_condition(h, h0, which, block, name, constant, projection, opening) for h, h0, block in parts])
 
 
 def _condition(
-    h: Tensor, h0: Tensor | None, which: list[int] | None, block: Layer, name: str, constant: float | None, projection: Projection | None
+    h: Tensor,
+    h0: Tensor | None,
+    which: list[int] | None,
+    block: Layer,
+    name: str,
+    constant: float | None,
+    projection: Projection | None,
+    opening: Sequence[bool] | None,
 ) -> Tensor:
     """One block: (L, N, D) -> (N, D).  Of merged layers, the middle one stands for what has nothing hidden before it."""
     every, h = h, h[len(h) // 2]
@@ -165,7 +189,7 @@ def _condition(
     elif name == "amplified":
         conditioned = own + constant * change[0]
     else:
-        conditioned = projection(change.transpose(0, 1).flatten(1), block)
+        conditioned = projection(change.transpose(0, 1).flatten(1), block, opening)
     if len(own) == len(h):
         return conditioned
     return h.index_put((torch.tensor(which, device=h.device),), conditioned.to(h.dtype))
@@ -181,12 +205,13 @@ def check_conditioning(name: str, constant: float | None) -> None:
 
 
 class Reference(NamedTuple):
-    """The visible turns without the hidden ones: `rendered`, the `places` in it of the tokens that have a reference, and which of the span
-    these are."""
+    """The visible turns without the hidden ones: `rendered`, the `places` in it of the tokens that have a reference, which of the span
+    these are, and which of those are of the opening: behind something hidden, before any visible word."""
 
     rendered: Rendered
     places: list[int]
     which: list[int]  # positions in the span, ascending
+    opening: list[bool]  # for each of `which`
 
 
 def reference(
@@ -205,7 +230,8 @@ def reference(
     visible = [turn for turn in range(len(rendered.chat)) if turn not in hidden]
     if chat is None:
         if not visible or not any(turn < visible[-1] for turn in hidden):
-            return Reference(rendered, list(indices), list(range(len(indices)))) if steered else None
+            nothing = [False] * len(indices)
+            return Reference(rendered, list(indices), list(range(len(indices))), nothing) if steered else None
         # Turns behind the last visible one change nothing before them, and without them the template would end that one otherwise.
         kept = [turn for turn in range(len(rendered.chat)) if turn not in hidden or turn > visible[-1]]
         try:
@@ -237,7 +263,9 @@ def reference(
         which.append(n)
     if lost := {rendered.tokens[i].turn for i in indices if rendered.tokens[i].turn in counterpart} - begun:
         raise LqaError(f"No selected token of turn {min(lost)} has a counterpart {_WHERE[chat is None]}; select more of it.")
-    return Reference(alone, places, which)
+    words = next((i for i, token in enumerate(rendered.tokens) if token.content and token.turn in visible), len(rendered))
+    opening = [indices[n] < words and rendered.tokens[indices[n]].turn in counterpart for n in which]
+    return Reference(alone, places, which, opening)
 
 
 _WHERE = {True: "when the hidden turns are left out", False: "in the reference chat"}

@@ -211,7 +211,7 @@ class LatentDecoder:
             raise LqaError(f"This decoder's conditioning {config.conditioning!r} compares with nothing; leave the reference chat out.")
         h0 = self._capture(found.rendered, found.places, layers, () if hidden else steered, passes) if found else None
         how = (config.conditioning, config.conditioning_constant, self.projection)
-        injected = condition(activations, h0, found and found.which, config.blocks(layers), *how)
+        injected = condition(activations, h0, found and found.which, config.blocks(layers), *how, found and found.opening)
         return Reading(self, rendered, tuple(indices), layers, activations, injected, conditioned=found is not None)
 
     def _capture(

@@ -32,6 +32,9 @@ def test_condition_by_hand():
         assert condition(h, other, None, [7], "centred", None, centre).tolist() == [[2, 6]]
     two = torch.cat([h0, h])
     assert condition(two, h0, [1], [7], "projected", None, projection).tolist() == [[1, 5], [10, 17]]  # the first has no reference
+    projection.opening = {7: (torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.0, 100.0]))}
+    for opening, first in ((None, [10, 17]), ([False, False], [10, 17]), ([True, False], [2, 99])):
+        assert condition(h.repeat(2, 1), h0.repeat(2, 1), None, [7], "projected", None, projection, opening).tolist() == [first, [10, 17]]
     for name in ("raw", "amplified", "projected"):  # nothing hidden
         assert torch.equal(condition(h, None, None, [7], name, 8.0, projection), h)
     with pytest.raises(LqaError, match="hides none"):
@@ -58,6 +61,12 @@ def test_the_projection_passes_gradients_and_comes_back_from_disk(tmp_path):
         Projection.load(tmp_path, [0, 2], 4, digest="0123")
     with pytest.raises(LqaError, match="the conditioning 'centred'"):
         Projection.load(tmp_path, [0, 2], 4, "centred")
+    both = Projection(projection.maps, {k: (torch.randn(4, 4), torch.randn(4)) for k in (0, 2)})
+    assert both.digest() != projection.digest()
+    both.save(tmp_path)
+    loaded = Projection.load(tmp_path, [0, 2], 4)
+    assert loaded.digest() == both.digest() and all(torch.equal(both.opening[k][0], loaded.opening[k][0]) for k in (0, 2))
+    assert len(loaded.trainable("cpu")) == 8 and all(t.requires_grad for m in loaded.opening.values() for t in m)
     centre = Projection({k: (None, torch.randn(4)) for k in (0, 2)})
     (other := tmp_path / "centre").mkdir()
     centre.save(other)
@@ -92,7 +101,7 @@ def test_reference_is_the_visible_turns_alone(tokenizer_of, style, chat, visible
     tokenizer = tokenizer_of(style)
     rendered = render(tokenizer, chat)
     indices = resolve_span("turn:-1", rendered)
-    alone, places, which = reference(tokenizer, rendered, indices)
+    alone, places, which, _ = reference(tokenizer, rendered, indices)
     assert alone.text == render(tokenizer, visible).text
     assert [alone.ids[p] for p in places] == [rendered.ids[indices[n]] for n in which]
     assert places[-1] == len(alone) - 1
@@ -101,12 +110,31 @@ def test_reference_is_the_visible_turns_alone(tokenizer_of, style, chat, visible
     assert left == indices[: len(left)] and len(left) <= (3 if chat is SYSTEM and style in ("gemma", "mistral") else 0)
 
 
+@pytest.mark.parametrize(("style", "header"), [("chatml", 3), ("llama3", 5), ("gemma", 1)])
+def test_the_opening_is_the_header_between_what_is_hidden_and_the_first_visible_word(tokenizer_of, style, header):
+    """Gemma's template puts the system prompt into the user's turn, behind its header: a line break is left between them."""
+    tokenizer = tokenizer_of(style)
+    for chat in (SYSTEM, [*SYSTEM, {"role": "assistant", "content": "Ahoy."}]):
+        rendered = render(tokenizer, chat)
+        for span in ("user", "from:1"):
+            indices = resolve_span(span, rendered)
+            found = reference(tokenizer, rendered, indices)
+            opening = [rendered.tokens[indices[n]] for n, own in zip(found.which, found.opening, strict=True) if own]
+            assert len(opening) == header and not any(token.content for token in opening)
+            assert found.opening == [True] * header + [False] * (len(found.which) - header)
+        assert not any(reference(tokenizer, rendered, resolve_span("last:2", rendered)).opening)
+    # A visible turn before the hidden one: its words are there already.
+    rendered = render(tokenizer, [CHAT[0], *SYSTEM[1:]] if style == "gemma" else CHAT)
+    indices = [i for i, token in enumerate(rendered.tokens) if token.turn in (0, len(rendered.chat) - 1)]
+    assert not any((reference(tokenizer, rendered, indices, steered=True)).opening)
+
+
 def test_only_what_comes_after_a_hidden_turn_has_a_reference(tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     rendered = render(tokenizer, CHAT)
     indices = resolve_span("user", rendered)
     assert {rendered.tokens[i].turn for i in indices} == {0, 2}
-    _, _, which = reference(tokenizer, rendered, indices)
+    _, _, which, _ = reference(tokenizer, rendered, indices)
     assert {rendered.tokens[indices[n]].turn for n in which} == {2}
 
 
@@ -119,7 +147,7 @@ def test_a_turn_that_was_answered_has_the_reference_that_it_had_before(tokenizer
     for chat in chats:
         rendered = render(tokenizer, chat)
         words = [i for i in resolve_span("turn:2", rendered) if rendered.tokens[i].content]
-        alone, places, which = reference(tokenizer, rendered, words)
+        alone, places, which, _ = reference(tokenizer, rendered, words)
         assert [alone.ids[p] for p in places] == [rendered.ids[words[n]] for n in which]
         found.append((places, which))
     assert found[0] == found[1] and len(found[0][1]) > 3
@@ -130,7 +158,7 @@ def test_where_the_target_is_steered_by_something_hidden_every_token_has_a_refer
     rendered = render(tokenizer, CHAT)
     for span in ("user", "all"):
         indices = resolve_span(span, rendered)
-        alone, places, which = reference(tokenizer, rendered, indices, steered=True)
+        alone, places, which, _ = reference(tokenizer, rendered, indices, steered=True)
         assert which == list(range(len(indices)))
         assert [alone.ids[p] for p in places] == [rendered.ids[i] for i in indices]
         assert (alone.ids == rendered.ids and places == indices) == (span == "all")

@@ -57,7 +57,7 @@ class LatentQACollator:
                                                       those that have one (if the conditioning compares)
     read_spans, read_layers                  lists    the token indices and the layers that are read, for each row of read_ids
     read_references                          list     for each patched row its reference, or None: the row of read_ids, and which of the
-                                                      span's tokens have a counterpart there
+                                                      span's tokens have a counterpart there, and which of those are of the opening
     read_names                               list     for each patched row the id of its example
     activations                              (N, D)   in place of the six above, if `cache` holds all readings of the batch
     cache_paths                              list     where to store what is read now, if `cache` is given but lacks some
@@ -76,7 +76,7 @@ class LatentQACollator:
 
     def row(self, example: dict) -> tuple[dict[str, list], list[tuple[list[int], list[int]]]]:
         """One example as lists: the decoder's row, and the target passes it needs: the reading (ids, span), and its reference if any
-        (ids, places, which of the span these are); none for a decoder that reads text."""
+        (ids, places, which of the span these are, which of those are of the opening); none for a decoder that reads text."""
         rendered = render(self.tokenizer, example["chat"])
         span = resolve_span(example["span"], rendered)
         prompt = self.config.prompt
@@ -92,7 +92,7 @@ class LatentQACollator:
         passes = [] if self.config.reads_text else [(rendered.ids, span)]
         if self.config.conditioning in REFERENCED:
             found = reference(self.tokenizer, rendered, span)
-            passes += [(found.rendered.ids, found.places, found.which)] if found else []
+            passes += [(found.rendered.ids, found.places, found.which, found.opening)] if found else []
         return row, passes
 
     def __call__(self, examples: list[dict]) -> dict[str, object]:
@@ -117,7 +117,7 @@ class LatentQACollator:
         passes = [(*read[0], layers) for read, layers in reads]
         references = []
         for read, layers in reads:
-            references.append((len(passes), read[1][2]) if len(read) > 1 else None)
+            references.append((len(passes), *read[1][2:]) if len(read) > 1 else None)
             passes += [(*other[:2], layers) for other in read[1:]]
         return batch | {
             "read_ids": _pad([ids for ids, _, _ in passes], self.pad_id),

@@ -2,7 +2,8 @@
 
 "centred": minus the mean over what training reads.  "projected": for readings of training controls in the system turn, whose messages know
 nothing of them, ridge regression predicts from the difference h - h0 at one token what the write layer holds, on average over tokens, where
-the decoder's prompt has the control's text instead of slots.
+the decoder's prompt has the control's text instead of slots.  With `texts`, the opening (lqa.conditioning) has maps of its own, for which
+the controls' descriptions and answers are hidden too: what changes there depends on the hidden text alone, so only more texts help.
 
 A regression fits the controls that it was made from better than new ones, and a decoder trained on that would trust it too much.  With
 `folds`, training reads each control through maps that were made without it (cross-fitting, as in stacking: Wolpert 1992).
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ class ProjectionConfig:
     ridge: float = 0.1  # in units of the standardised differences' variance
     scale: float = 6.0  # by how much a prediction is stretched from the mean: ridge regression shrinks it
     folds: int = 0  # in training a control is read through maps made without it and others of its fold; 0: through those of all
+    texts: int = 0  # hidden texts of each control besides it, for maps of the opening alone; 0: the opening has none of its own
 
     def check(self, conditioning: str, messages: int) -> ProjectionConfig:
         """Raises ValueError for what cannot be done; `messages` are in the pool."""
@@ -60,6 +63,10 @@ class ProjectionConfig:
             raise ValueError("projection.folds are for maps that are fitted and stay so; leave out projection.train and projection.start")
         if self.folds and conditioning != "projected":
             raise ValueError(f"projection.folds go with the conditioning 'projected', not {conditioning!r}")
+        if isinstance(self.texts, bool) or not isinstance(self.texts, int) or self.texts < 0:
+            raise ValueError(f"projection.texts must be a whole number from 0, not {self.texts!r}")
+        if self.texts and (conditioning != "projected" or self.start != "fitted"):
+            raise ValueError("projection.texts are for maps that are fitted, of the conditioning 'projected'")
         if conditioning != "projected" and (self.train or self.start != "fitted"):
             raise ValueError(f"projection.start and projection.train go with the conditioning 'projected', not {conditioning!r}")
         return self
@@ -73,7 +80,7 @@ class CrossFitted(Projection):
     """
 
     def __init__(self, projection: Projection, folds: Sequence[Projection], fold_of: dict[str, int]):
-        super().__init__(projection.maps)
+        super().__init__(projection.maps, projection.opening)
         self.folds, self.fold_of = list(folds), fold_of
 
     def without(self, name: str) -> Projection:
@@ -133,41 +140,80 @@ def fit_projection(
 
     shuffled   every control's readings are to predict the text of one far from it: the maps of a fake (mixture.shuffled_activations)
     """
-    rng = random.Random(seed)
-    messages = load_messages("train")
-    readings = []  # (ids, span, ids of the reference, its span, control)
-    for which, control in enumerate(controls):
-        for message in rng.sample(messages, how.messages):
-            rendered = render(base.tokenizer, control_chat(control, "system", message))
-            span = resolve_span("turn:-1", rendered)
-            found = reference(base.tokenizer, rendered, span)
-            readings.append((rendered.ids, [span[n] for n in found.which], tuple(found.rendered.ids), found.places, which))
-    if sum(len(span) for _, span, *_ in readings) <= base.hidden_size:
+    rng, messages = random.Random(seed), load_messages("train")
+    readings = [
+        _Observed.of(base, control_chat(control, "system", message), which)
+        for which, control in enumerate(controls)
+        for message in rng.sample(messages, how.messages)
+    ]
+    if sum(len(r.span) for r in readings) <= base.hidden_size:
         raise LqaError(f"{len(controls)} controls are too few to fit a projection of width {base.hidden_size}.")
-    wanted = _write_layer_means(base, config, controls)
+    texts, owners = [c.control for c in controls], list(range(len(controls)))
+    for which, control in enumerate(controls) if how.texts else ():
+        said = list(dict.fromkeys([*control.descriptions, *(pair.answer for pair in control.qa)]))
+        own = rng.sample(said, min(how.texts, len(said)))
+        chats = [control_chat(replace(control, control=text), "system", messages[0]) for text in own]
+        readings += [_Observed.of(base, chat, len(texts) + i).opening_alone() for i, chat in enumerate(chats)]
+        texts, owners = texts + own, owners + [which] * len(own)
+    wanted = _write_layer_means(base, config, texts)
     if shuffled:
-        wanted = wanted.roll(len(wanted) // 2, 0)  # far off: neighbours in the corpus are alike
-    centre = wanted.mean(0)
+        far = wanted[: len(controls)].roll(len(controls) // 2, 0)  # far off: neighbours in the corpus are alike
+        wanted = far[torch.tensor(owners)]
+    centre = wanted[: len(controls)].mean(0)
     fold_of = assign_folds(controls, how.folds) if how.folds else {}
-    folds = [fold_of.get(c.id, 0) for c in controls]
-    n_folds = how.folds or 1
-    sums = {k: [_Sums.zeros(base.hidden_size * len(layer_list(k)), base.hidden_size) for _ in range(n_folds)] for k in config.maps}
-    references = {}  # each message alone: once for all controls that are read with it
-    for part in _by_length(list(dict.fromkeys(r[2] for r in readings)), len):
+    folds = [fold_of.get(controls[owner].id, 0) for owner in owners]
+    d, kinds = base.hidden_size, (False, True) if how.texts else (False,)  # maps of the opening, or of all else
+    sums = {
+        (k, kind): [_Sums.zeros(d * len(layer_list(k)), d) for _ in range(how.folds or 1)] for k in config.maps for kind in kinds
+    }
+    references = {}  # each message alone: once for all texts that are read with it
+    for part in _by_length(list(dict.fromkeys(r.alone for r in readings)), len):
         acts = _capture(base, [list(ids) for ids in part], config.read_layers)
         references |= {ids: {j: h[i, : len(ids)] for j, h in acts.items()} for i, ids in enumerate(part)}
-    for part in _by_length(readings, lambda r: len(r[0])):
-        acts = _capture(base, [r[0] for r in part], config.read_layers)
-        for k, own in sums.items():
-            for i, (_, span, alone, places, which) in enumerate(part):
-                x = torch.cat([acts[j][i, span] - references[alone][j][places] for j in layer_list(k)], 1).double()
-                own[folds[which]].add(x, wanted[which] - centre)
-    whole = {k: _Sums.total(own) for k, own in sums.items()}
-    projection = Projection({k: total.solve(how, centre) for k, total in whole.items()})
+    for part in _by_length(readings, lambda r: len(r.ids)):
+        acts = _capture(base, [r.ids for r in part], config.read_layers)
+        for i, r in enumerate(part):
+            change = {j: (h[i, r.span] - references[r.alone][j][r.places]).double() for j, h in acts.items()}
+            opening = torch.tensor(r.opening)
+            for (k, kind), own in sums.items():
+                rows = opening == kind if how.texts else slice(None)
+                own[folds[r.which]].add(torch.cat([change[j][rows] for j in layer_list(k)], 1), wanted[r.which] - centre)
+    whole = {key: _Sums.total(own) for key, own in sums.items()}
+
+    def solved(found: dict[tuple[Layer, bool], _Sums]) -> Projection:
+        maps = {key: total.solve(how, centre) for key, total in found.items()}
+        return Projection(*({k: maps[k, kind] for k in config.maps} for kind in kinds))
+
     if not how.folds:
-        return projection
-    others = [Projection({k: whole[k].less(own[n]).solve(how, centre) for k, own in sums.items()}) for n in range(n_folds)]
-    return CrossFitted(projection, others, fold_of)
+        return solved(whole)
+    others = [solved({key: whole[key].less(own[n]) for key, own in sums.items()}) for n in range(how.folds)]
+    return CrossFitted(solved(whole), others, fold_of)
+
+
+class _Observed(NamedTuple):
+    """A reading behind a hidden text: the target's tokens with its span, those of its reference, and the number of the text."""
+
+    ids: list[int]
+    span: list[int]
+    alone: tuple[int, ...]
+    places: list[int]
+    opening: list[bool]
+    which: int
+
+    @classmethod
+    def of(cls, base: Base, chat: list[dict[str, str]], which: int) -> _Observed:
+        rendered = render(base.tokenizer, chat)
+        span = resolve_span("turn:-1", rendered)
+        found = reference(base.tokenizer, rendered, span)
+        return cls(rendered.ids, [span[n] for n in found.which], tuple(found.rendered.ids), found.places, found.opening, which)
+
+    def opening_alone(self) -> _Observed:
+        """Without what comes behind the opening, which a causal model does not see there."""
+        n = sum(self.opening)
+        if not n:
+            raise LqaError("This model's template puts no header between a system turn and what follows; set projection.texts to 0.")
+        ids, alone = self.ids[: self.span[n - 1] + 1], self.alone[: self.places[n - 1] + 1]
+        return _Observed(ids, self.span[:n], alone, self.places[:n], self.opening[:n], self.which)
 
 
 @dataclass
@@ -214,12 +260,12 @@ class _Sums:
         return weight.float(), (centre - weight @ mean).float()
 
 
-def _write_layer_means(base: Base, config: DecoderConfig, controls: tuple[Control, ...]) -> Tensor:
-    """(C, D): the mean over a control's tokens of the write layer's output where the decoder's prompt has them instead of slots."""
+def _write_layer_means(base: Base, config: DecoderConfig, texts: Sequence[str]) -> Tensor:
+    """(C, D): the mean over a text's tokens of the write layer's output where the decoder's prompt has them instead of slots."""
     start = base.tokenizer(config.prompt.start, add_special_tokens=False)["input_ids"]
-    texts = [(i, base.tokenizer(c.control, add_special_tokens=False)["input_ids"]) for i, c in enumerate(controls)]
-    means = torch.zeros(len(controls), base.hidden_size, dtype=torch.float64)
-    for part in _by_length(texts, lambda t: len(t[1])):
+    tokens = [(i, base.tokenizer(text, add_special_tokens=False)["input_ids"]) for i, text in enumerate(texts)]
+    means = torch.zeros(len(texts), base.hidden_size, dtype=torch.float64)
+    for part in _by_length(tokens, lambda t: len(t[1])):
         if config.write_layer < 0:
             rows = [base.embeddings(torch.tensor(start + ids, device=base.device)).detach() for _, ids in part]
         else:

@@ -121,6 +121,7 @@ class LatentQATrainer(SFTTrainer):
                 config.blocks(inputs["read_layers"][i]),
                 *how,
                 self.projection.without(inputs["read_names"][i]) if crossed else self.projection,
+                other and other[2],
             )
             for i, other in enumerate(inputs["read_references"])
         ]
