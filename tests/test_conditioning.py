@@ -122,11 +122,12 @@ def test_the_opening_is_the_header_between_what_is_hidden_and_the_first_visible_
             opening = [rendered.tokens[indices[n]] for n, own in zip(found.which, found.opening, strict=True) if own]
             assert len(opening) == header and not any(token.content for token in opening)
             assert found.opening == [True] * header + [False] * (len(found.which) - header)
-        assert not any(reference(tokenizer, rendered, resolve_span("last:2", rendered)).opening)
+        if chat is SYSTEM:
+            assert not any(reference(tokenizer, rendered, resolve_span("last:2", rendered)).opening)
     # A visible turn before the hidden one: its words are there already.
-    rendered = render(tokenizer, [CHAT[0], *SYSTEM[1:]] if style == "gemma" else CHAT)
-    indices = [i for i, token in enumerate(rendered.tokens) if token.turn in (0, len(rendered.chat) - 1)]
-    assert not any((reference(tokenizer, rendered, indices, steered=True)).opening)
+    rendered = render(tokenizer, [*CHAT, {"role": "assistant", "content": "A doctor."}, CHAT[2]])
+    indices = [i for i, token in enumerate(rendered.tokens) if token.turn in (0, 1, 4)]
+    assert not any(reference(tokenizer, rendered, indices).opening)
 
 
 def test_only_what_comes_after_a_hidden_turn_has_a_reference(tokenizer_of):
@@ -262,6 +263,10 @@ def test_trainer_and_decoder_inject_the_same(tiny, config_for, tiny_decoder, exa
     trainer.args = SimpleNamespace(bf16=False)
     trainer.base, trainer.decoder_config, trainer.projection = base, collator.config, decoder.projection
     injected = trainer.read(batch)
+    if how["conditioning"] == "projected":
+        shared, decoder.projection.opening = injected, {k: (-weight, bias + 1) for k, (weight, bias) in decoder.projection.maps.items()}
+        injected = trainer.read(batch)
+        assert 0 < (injected != shared).any(1).sum() < len(injected)
     readings = [decoder.read(r["chat"], r["span"], r["layers"]) for r in rows]
     assert torch.allclose(injected, torch.cat([r.injected for r in readings]), atol=1e-4)
     for row, reading in zip(rows, readings, strict=True):
@@ -309,6 +314,53 @@ def test_the_fit_predicts_what_the_write_layer_holds_for_the_control(tiny, confi
     assert np.allclose(projection.maps[1][1].double().numpy(), centre.numpy() - weight @ mean, atol=1e-3 * np.abs(weight).max())
     again = fit_projection(base, config, controls, how, seed=3)
     assert torch.equal(again.maps[1][0], projection.maps[1][0])
+
+
+def test_the_opening_s_maps_are_fitted_to_more_texts_and_the_others_to_all_else(tiny, config_for):
+    """Against the same regressions, over all tokens at once."""
+    from lqa.corpus import load_controls, load_messages
+    from train.data import control_chat
+    from train.projection import ProjectionConfig, fit_projection
+
+    base = tiny("smol")
+    config = config_for(base, conditioning="projected", write_layer=0)
+    controls = load_controls("train")[:12]
+    projection = fit_projection(base, config, controls, ProjectionConfig(messages=2, ridge=0.3, scale=2.0, texts=99), seed=3)
+
+    def states(ids, layer):
+        with torch.no_grad():
+            return base.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1][0].double()
+
+    start = base.tokenizer(config.prompt.start, add_special_tokens=False)["input_ids"]
+
+    def target(text):
+        return states(start + base.tokenizer(text, add_special_tokens=False)["input_ids"], 0)[len(start) :].mean(0)
+
+    def change(control, message):
+        chat = control_chat(control, "system", message)
+        rendered, alone = render(base.tokenizer, chat), render(base.tokenizer, chat[1:])
+        span = resolve_span("turn:-1", rendered)
+        words = next(n for n, i in enumerate(span) if rendered.tokens[i].content)
+        return (states(rendered.ids, 1)[span] - states(alone.ids, 1)[-len(span) :]).split([words, len(span) - words])
+
+    centre, rng = torch.stack([target(c.control) for c in controls]).mean(0), random.Random(3)
+    x, y = ([], []), ([], [])
+    for control in controls:
+        for message in rng.sample(load_messages("train"), 2):
+            for n, rows in enumerate(change(control, message)):
+                x[n].append(rows)
+                y[n].append((target(control.control) - centre).expand(len(rows), -1))
+    for control in controls:
+        for text in {*control.descriptions, *(pair.answer for pair in control.qa)}:
+            x[0].append(change(replace(control, control=text), load_messages("train")[0])[0])
+            y[0].append((target(text) - centre).expand(len(x[0][-1]), -1))
+    for maps, xs, ys in zip((projection.opening, projection.maps), map(torch.cat, x), map(torch.cat, y), strict=True):
+        mean, spread = xs.mean(0), xs.std(0, unbiased=False)
+        z = (xs - mean) / spread
+        solved = torch.linalg.solve(z.T @ z / len(z) + 0.3 * torch.eye(z.shape[1]), z.T @ (ys - ys.mean(0)) / len(z))
+        weight = 2.0 * (solved / spread[:, None]).T
+        assert torch.allclose(maps[1][0].double(), weight, atol=2e-3 * weight.abs().max())
+        assert torch.allclose(maps[1][1].double(), centre - weight @ mean, atol=2e-3 * weight.abs().max())
 
 
 def test_cross_fitted_maps_have_not_seen_their_controls(tiny, config_for):

@@ -354,7 +354,7 @@ def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
     first = ["conditioning=projected", "projection.messages=1"]
     assert main(["--config", str(path), *first]) == 0
     maps = Projection.load(out, [0, 1], 32)
-    fitted = {"start": "fitted", "train": False, "readings": 256, "messages": 1, "ridge": 0.1, "scale": 6.0, "folds": 0}
+    fitted = {"start": "fitted", "train": False, "readings": 256, "messages": 1, "ridge": 0.1, "scale": 6.0, "folds": 0, "texts": 0}
     assert DecoderConfig.load(out).training["projection"] == fitted and DecoderConfig.load(out).projection == maps.digest()
     assert Projection.load(out / "checkpoint-1", [0, 1], 32).digest() == maps.digest()
     assert "Fitting" in capsys.readouterr().err
@@ -368,7 +368,7 @@ def test_a_projection_is_fitted_once_and_goes_along(entry, capsys, tiny):
 
 def test_cross_fitted_maps_are_trained_on_and_gone_on_with_and_are_no_part_of_the_decoder(entry, capsys):
     path, out = entry
-    how = ["conditioning=projected", "projection={messages: 1, folds: 2}", "mixture.none=0", "training_args.eval_strategy='no'"]
+    how = ["conditioning=projected", "projection={messages: 1, folds: 2, texts: 1}", "mixture.none=0", "training_args.eval_strategy='no'"]
     assert main(["--config", str(path), *how]) == 0
     capsys.readouterr()
     trainer = build_trainer(load_config(path, [*how, "training_args.max_steps=3", "examples=6"]))
@@ -394,6 +394,12 @@ def test_folds_that_cannot_be_are_refused(entry, capsys, how):
     section = how if how.startswith("{") else "{" + how + "}"
     assert main(["--config", str(entry[0]), "conditioning=projected", f"projection={section}"]) == 2
     assert "projection.folds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["{texts: -1}", "{texts: true}", "{texts: 2, start: identity}"])
+def test_texts_that_cannot_be_are_refused(entry, capsys, how):
+    assert main(["--config", str(entry[0]), "conditioning=projected", f"projection={how}"]) == 2
+    assert "projection.texts" in capsys.readouterr().err
 
 
 def test_a_projection_may_start_at_the_identity_and_be_trained_with_the_adapter(entry, tiny, capsys):
