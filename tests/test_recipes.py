@@ -26,7 +26,7 @@ def recipe(name: str, *overrides: str):
 
 
 def test_every_recipe_has_a_twin():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"smollm2-135m-instruct", "smollm2-135m-instruct-merged", *TWINS}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"smollm2-135m-instruct", *TWINS}
 
 
 @pytest.mark.slow
