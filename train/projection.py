@@ -172,12 +172,14 @@ def fit_projection(
         references |= {ids: {j: h[i, : len(ids)] for j, h in acts.items()} for i, ids in enumerate(part)}
     for part in _by_length(readings, lambda r: len(r.ids)):
         acts = _capture(base, [r.ids for r in part], config.read_layers)
-        for i, r in enumerate(part):
-            change = {j: (h[i, r.span] - references[r.alone][j][r.places]).double() for j, h in acts.items()}
-            opening = torch.tensor(r.opening)
-            for (k, kind), own in sums.items():
-                rows = opening == kind if how.texts else slice(None)
-                own[folds[r.which]].add(torch.cat([change[j][rows] for j in layer_list(k)], 1), wanted[r.which] - centre)
+        changes = {j: torch.cat([h[i, r.span] - references[r.alone][j][r.places] for i, r in enumerate(part)]) for j, h in acts.items()}
+        of = torch.tensor([r.which for r in part for _ in r.span])
+        fold, opening = torch.tensor(folds)[of], torch.tensor([own for r in part for own in r.opening])
+        for (k, kind), own in sums.items():
+            x, y = torch.cat([changes[j] for j in layer_list(k)], 1).double(), wanted[of] - centre
+            for n, total in enumerate(own):
+                rows = (fold == n) & (opening == kind) if how.texts else fold == n
+                total.add(x[rows], y[rows])
     whole = {key: _Sums.total(own) for key, own in sums.items()}
 
     def solved(found: dict[tuple[Layer, bool], _Sums]) -> Projection:
@@ -241,12 +243,12 @@ class _Sums:
         return _Sums(*(a - b for a, b in zip(self._parts(), other._parts(), strict=True)))
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x (N, E), all with the target y (D,)."""
+        """Rows x (N, E) with their targets y (N, D)."""
         self.n += len(x)
         self.x += x.sum(0)
-        self.y += len(x) * y
+        self.y += y.sum(0)
         self.xx += x.T @ x
-        self.xy += x.sum(0).outer(y)
+        self.xy += x.T @ y
 
     def solve(self, how: ProjectionConfig, centre: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (D, E) and bias (D,) of a map to y + centre."""
