@@ -142,7 +142,7 @@ def steering_card(folder: str | Path, sidecar: dict, sidecar_file: str, repo_id:
     figures = {k: v for k, v in plain.items() if k not in ("control", "schema_version")}
     about = {"name": repo_id.split("/")[-1], "repo_id": repo_id, "adapter": adapter, "sidecar": sidecar, "sidecar_file": sidecar_file}
     embedded = sidecar["decoder"] == EMBEDDED_DECODER.name
-    about |= {"figures": figures, "source": "" if embedded else f'"{sidecar["decoder"]}"'}
+    about |= {"effect": sidecar.get("effect"), "figures": figures, "source": "" if embedded else f'"{sidecar["decoder"]}"'}
     return render_card("steering.md", card_data=data.to_yaml(), **about)
 
 

@@ -138,3 +138,38 @@ def test_a_curve_follows_a_training_and_leaves_nothing_behind(tiny_decoder, job_
     assert loss["x"] == [round(e["control loss"], 4) for e in result.items if e["method"] == "no KL"]
     assert list(result.tables["curve"].rows)[0] == f"{labels[0]}, step 0"
     assert steer_curve.run(job_for(decoder, "steer-curve")) == result
+
+
+def test_ready_made_steerings_are_those_that_were_measured(tiny_decoder, short, monkeypatch, tmp_path, capsys):
+    import json
+
+    from lqa.cards import check_card
+    from lqa.evals import runner
+    from lqa.steering import read_sidecar
+    from train.steerings import main
+
+    decoder = tiny_decoder()
+    monkeypatch.setattr(runner.LatentDecoder, "from_pretrained", classmethod(lambda cls, source=None, **_: decoder))
+    results, out = tmp_path / "results", tmp_path / "steerings"
+    runner.run(["steer-persona"], results, methods=["unsteered", "steering"], examples=4)
+    document = json.loads((results / "steer-persona.json").read_text())
+    assert main([str(results), "b1", "b0", "--out", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out) == [str(out / "b1"), str(out / "b0")]
+    steering = decoder.load_steering(out / "b1")
+    assert steering.record["control"] == BEHAVIOURS[1].control
+    (item,) = [e for e in document["items"] if (e["id"], e["method"]) == ("b1", "steering")]
+    effect = read_sidecar(out / "b1")["effect"]
+    assert effect["strength"] == item["made"]["strength"] and effect["behaviour"] == item["figures"]["behaviour"]
+    assert effect["replies"] == 4 and effect["ratio"] == item["figures"]["ratio"] and effect["suite"] == "steer-persona"
+    card = (out / "b1" / "README.md").read_text()
+    check_card(card, "model")
+    shown = "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * x for x in effect["behaviour"]))
+    assert f"| {shown} |" in card and f"apply(strength={effect['strength']})" in card and "load_steering" in card
+
+    assert main([str(results), "b7", "--out", str(out)]) == 2
+    assert "no steering of the control 'b7'; it has those of b0, b1." in capsys.readouterr().err
+    for record in (results / "made").rglob("method.json"):
+        record.unlink()
+    assert main([str(results), "b0", "--out", str(out)]) == 2
+    assert "is not in" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing"), "b0"]) == 2

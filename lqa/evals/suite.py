@@ -71,6 +71,11 @@ class Result:
     settings: dict = field(default_factory=dict)
 
 
+def made_name(control: str) -> str:
+    """The name of the folder of what methods make of `control`."""
+    return hashlib.sha256(control.encode()).hexdigest()[:12]
+
+
 class Job:
     """One suite's work on one decoder.
 
@@ -116,7 +121,7 @@ class Job:
 
     def made(self, control: str) -> Path | None:
         """The folder of what methods make of `control`; all suites share it, so that it is made once."""
-        return None if self.kept is None else self.kept / hashlib.sha256(control.encode()).hexdigest()[:12]
+        return None if self.kept is None else self.kept / made_name(control)
 
     def once(self, key: str, make: Callable[[], dict]) -> dict:
         """The result filed under `key`: that of an earlier run, else what `make` returns (JSON values only), on disk before it is used."""
