@@ -21,7 +21,7 @@ PICTURE = STATIC / "learn.svg"
 SENTENCES = (
     "A language model turns every token of a chat into a list of numbers, and changes these numbers from layer to layer: its activations.",
     "They hold more than the token itself: at the last word of your message the model has already prepared how it will answer.",
-    "Here the activations of some tokens are taken out at one layer.",
+    "Here the activations of some tokens are taken out at one layer, or a few.",
     "A second run of the same model, with a small set of extra weights (a LoRA), gets them in place of words: this is the decoder.",
     "It was trained on chats whose hidden instructions are known, to answer questions about them, and so it learnt to say in words what "
     "activations hold.",
@@ -121,7 +121,7 @@ def picture() -> str:
     box(180, 300, 230, 44, blue, 0.16)
     text(295, 318, "user’s message")
     text(295, 336, "the tokens that you select", 11)
-    for layer, (y, name) in enumerate(((250, "first layers"), (196, "layer 14"), (142, "later layers"), (88, "last layers"))):
+    for layer, (y, name) in enumerate(((250, "first layers"), (196, "middle layers"), (142, "later layers"), (88, "last layers"))):
         box(20, y, 390, 34, blue if layer == 1 else grey, 0.1 if layer == 1 else 0.05)
         text(30, y + 22, name, 12, "start")
     for x in (60, 95, 130):
