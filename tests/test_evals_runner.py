@@ -242,3 +242,9 @@ def test_plots_are_drawn_from_their_numbers_and_the_same_each_time(tmp_path):
         assert re.match(rb"\x89PNG", (tmp_path / "a.png").read_bytes())
     with pytest.raises(LqaError, match="unknown kind 'pie'"):
         report.draw(Plot("x", "x", "pie", {}), tmp_path / "x.png")
+
+
+def test_a_plot_may_have_single_layers_beside_several_at_once(tmp_path):
+    line = {"y": [0.1, 0.2, 0.3], "low": [0.0, 0.1, 0.2], "high": [0.2, 0.3, 0.4]}
+    report.draw(Plot("x", "x", "lines", {"a": {"x": [7, 14, "(7, 14)"], **line}, "b": {"x": [7, 14, "(7, 14)"], **line}}), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000

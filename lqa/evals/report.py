@@ -184,12 +184,17 @@ def draw(plot: Plot, path: Path) -> None:
 
     if plot.kind in ("lines", "points"):
         figure, axes = plt.subplots(figsize=(7, 4), dpi=110)
+        names = list(dict.fromkeys(x for line in plot.series.values() for x in line["x"]))
+        named = any(isinstance(x, str) for x in names)  # then all are: layers beside several at once, say, have no common axis
         for (label, line), colour in zip(plot.series.items(), COLOURS * (1 + len(plot.series) // len(COLOURS)), strict=False):
-            axes.plot(line["x"], line["y"], color=colour, marker="o", markersize=3, linestyle=LINE[plot.kind], label=label)
+            at = [names.index(x) for x in line["x"]] if named else line["x"]
+            axes.plot(at, line["y"], color=colour, marker="o", markersize=3, linestyle=LINE[plot.kind], label=label)
             if "low" in line:
-                axes.fill_between(line["x"], line["low"], line["high"], color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(at, line["low"], line["high"], color=colour, alpha=0.15, linewidth=0)
             if all(isinstance(x, int) for x in line["x"]):
                 axes.set_xticks(line["x"])
+        if named:
+            axes.set_xticks(range(len(names)), [str(x).strip("()") for x in names])
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
     elif plot.kind == "matrix":
