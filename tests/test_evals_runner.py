@@ -245,6 +245,6 @@ def test_plots_are_drawn_from_their_numbers_and_the_same_each_time(tmp_path):
 
 
 def test_a_plot_may_have_single_layers_beside_several_at_once(tmp_path):
-    line = {"y": [0.1, 0.2, 0.3], "low": [0.0, 0.1, 0.2], "high": [0.2, 0.3, 0.4]}
-    report.draw(Plot("x", "x", "lines", {"a": {"x": [7, 14, "(7, 14)"], **line}, "b": {"x": [7, 14, "(7, 14)"], **line}}), tmp_path / "x.png")
+    line = {"x": [7, 14, "(7, 14)"], "y": [0.1, 0.2, 0.3], "low": [0.0, 0.1, 0.2], "high": [0.2, 0.3, 0.4]}
+    report.draw(Plot("x", "x", "lines", {"a": line, "b": line}), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
