@@ -29,7 +29,7 @@ function build(view) {
   const chance = Math.round(100 / Math.max(view.answers.length, 1));
   legend.replaceChildren(
     make("span", "", "0 %"), ramp, make("span", "", "100 %"),
-    make("span", "about", "Chance: " + chance + " %. Cells from the top: layer " + view.layers.join(", ") + "."),
+    make("span", "about", "Chance: " + chance + " %. Cells from the top: layer " + view.layers.join("; ") + "."),
   );
   legend.hidden = !view.answers.length;
   field.replaceChildren();
