@@ -36,7 +36,7 @@ def export(results: Path, name: str, out: Path) -> Path:
             break
     else:
         known = sorted({e["id"] for s, d in load(results).items() if s in SUITES for e in d["items"] if e["method"] == METHOD})
-        raise LqaError(f"{results} has no steering of the control {name!r}; it has those of {', '.join(known) or 'none'}.")
+        raise LqaError(f"{results} has no steering of the control {name!r}; it has {'those of ' + ', '.join(known) if known else 'none'}.")
     item = items[METHOD]
     made = next((path.parent for path in _records(results, item["control"]) if _is_of(path, item["made"])), None)
     if made is None:
