@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lqa.errors import LqaError
 
+ROWS = 32  # passes at a time
 Layer = int | Sequence[int]  # what a reading reads: a layer, or several at once
 
 
@@ -82,6 +83,21 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], input_ids: Tensor, at
     with Capture(blocks, layers) as captured:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return {layer: captured[layer] for layer in captured.layers}
+
+
+def by_length(items: Sequence, length: Callable) -> Iterator[list]:
+    """The items in batches of ROWS, sorted by `length`, so that little is padded."""
+    ordered = sorted(items, key=length)
+    return (ordered[i : i + ROWS] for i in range(0, len(ordered), ROWS))
+
+
+def capture_rows(base, rows: Sequence[Sequence[int]], layers: Iterable[int]) -> dict[int, Tensor]:
+    """{layer: (B, S, D)} of the bare model `base` (lqa.models.Base), on the CPU in float32, for rows of token ids; padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=base.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=base.device)
+    with base.decoding() as model:
+        return {k: acts.float().cpu() for k, acts in capture(model, base.blocks, ids, mask, layers).items()}
 
 
 def gather_spans(acts: dict[int, Tensor], spans: Sequence[Sequence[int]], layers: Sequence[Sequence[int]]) -> Tensor:

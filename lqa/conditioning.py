@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lqa.activations import Layer, layer_list
+from lqa.activations import Layer, by_length, capture_rows, layer_list
 from lqa.chat import Chat, Rendered, hidden_turns, render
 from lqa.errors import LqaError
 
@@ -289,3 +289,21 @@ def _turns(rendered: Rendered) -> dict[int, list[int]]:
     for i, token in enumerate(rendered.tokens):
         turns.setdefault(token.turn, []).append(i)
     return turns
+
+
+def write_layer_means(base, config, texts: Sequence[str]) -> Tensor:
+    """(C, D) in float64: the mean over a text's tokens of the write layer's output where the decoder's prompt has them instead of slots.
+
+    That is what the maps of "projected" are fitted to.  `base` is a lqa.models.Base, the bare model is asked; `config` a DecoderConfig.
+    """
+    start = base.tokenizer(config.prompt.start, add_special_tokens=False)["input_ids"]
+    tokens = [(i, base.tokenizer(text, add_special_tokens=False)["input_ids"]) for i, text in enumerate(texts)]
+    means = torch.zeros(len(texts), base.hidden_size, dtype=torch.float64)
+    for part in by_length(tokens, lambda t: len(t[1])):
+        if config.write_layer < 0:
+            rows = [base.embeddings(torch.tensor(start + ids, device=base.device)).detach() for _, ids in part]
+        else:
+            rows = capture_rows(base, [start + ids for _, ids in part], [config.write_layer])[config.write_layer]
+        for row, (i, ids) in zip(rows, part, strict=True):
+            means[i] = row[len(start) : len(start) + len(ids)].double().mean(0).cpu()
+    return means

@@ -1,14 +1,18 @@
 """Each baseline against its paper's own toy case, or what must hold by its definition."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from lqa import LqaError
 from lqa.activations import capture
+from lqa.conditioning import write_layer_means
 from lqa.config import default_prompt
 from lqa.evals import batch
 from lqa.evals.baselines.logit_lens import logit_lens
+from lqa.evals.baselines.nearest import nearest
 from lqa.evals.baselines.patchscopes import IDENTITY, patchscope
 from lqa.evals.baselines.probe import cross_validated, learnable
 from lqa.evals.baselines.selfie import OPENING, PLACEHOLDERS, WRITE_LAYER, selfie
@@ -123,3 +127,13 @@ def test_the_probe_never_sees_its_test_group():
         cross_validated(x, y, ["one"] * len(y))
     first, second = cross_validated(x, y, g)[0], cross_validated(x, y, g)[0]
     assert np.array_equal(first, second)
+
+
+def test_the_nearest_text_is_found_where_the_slots_hold_it_and_lengths_do_not_count(tiny_decoder):
+    decoder, texts = tiny_decoder("smol", conditioning="projected"), ["a pirate", "a nurse on a night shift", "one who counts sheep"]
+    wanted = write_layer_means(decoder.base, decoder.config, texts).float()
+    readings = [SimpleNamespace(decoder=decoder, injected=w.expand(n, -1)) for w, n in zip(wanted, (2, 5, 3), strict=True)]
+    scores = torch.tensor(nearest(readings, texts))
+    torch.testing.assert_close(scores.diagonal(), torch.ones(3, dtype=scores.dtype), rtol=1e-4, atol=1e-4)
+    assert scores.argmax(-1).tolist() == [0, 1, 2]
+    assert torch.tensor(nearest(readings[1:] + readings[:1], texts)).argmax(-1).tolist() == [1, 2, 0]

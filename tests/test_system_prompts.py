@@ -70,6 +70,7 @@ def test_run_has_every_method_and_what_knows_nothing_is_at_chance(tiny_decoder, 
             assert [(c.mean, c.low, c.high) for c in cells] == [pytest.approx((0.1, 0.1, 0.1))] * len(cells)
         assert table.rows["twin"] == table.rows[ROWS["ours"]] and table.rows[ROWS["ours"]][0].n == 10 * n
         if with_probe:
+            assert table.rows[ROWS["nearest"]][0].n == 10 * n and table.rows[ROWS["nearest"]][-1] is None
             assert table.rows[ROWS["probe"]][0].mean > 0.5 and table.rows[ROWS["probe"]][-1] is None
     assert len(result.items) == limit and len(result.plots) == 4
     confusion = result.plots[1].series[""]["values"]

@@ -12,7 +12,7 @@ A regression fits the controls that it was made from better than new ones, and a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lqa.activations import Layer, capture, layer_list
+from lqa.activations import Layer, by_length, capture_rows, layer_list
 from lqa.chat import render, resolve_span
-from lqa.conditioning import PROJECTION, Projection, reference
+from lqa.conditioning import PROJECTION, Projection, reference, write_layer_means
 from lqa.config import DecoderConfig
 from lqa.corpus import Control, cluster_of, load_messages
 from lqa.errors import LqaError
@@ -31,7 +31,6 @@ from train.data import control_chat
 
 STARTS = ("fitted", "identity")
 FOLDS = "folds"  # folder of a run
-BATCH = 32  # passes at a time, sorted by length
 
 
 @dataclass
@@ -124,8 +123,8 @@ def fit_centre(base: Base, config: DecoderConfig, examples: Sequence[dict]) -> P
         rendered = render(base.tokenizer, example["chat"])
         readings.append((rendered.ids, resolve_span(example["span"], rendered)))
     sums = {k: torch.zeros(base.hidden_size, dtype=torch.float64) for k in config.read_layers}
-    for part in _by_length(readings, lambda r: len(r[0])):
-        acts = _capture(base, [ids for ids, _ in part], config.read_layers)
+    for part in by_length(readings, lambda r: len(r[0])):
+        acts = capture_rows(base, [ids for ids, _ in part], config.read_layers)
         for k in sums:
             sums[k] += sum(acts[k][i, span].double().sum(0) for i, (_, span) in enumerate(part))
     n = sum(len(span) for _, span in readings)
@@ -155,7 +154,7 @@ def fit_projection(
         chats = [control_chat(replace(control, control=text), "system", messages[0]) for text in own]
         readings += [_Observed.of(base, chat, len(texts) + i).opening_alone() for i, chat in enumerate(chats)]
         texts, owners = texts + own, owners + [which] * len(own)
-    wanted = _write_layer_means(base, config, texts)
+    wanted = write_layer_means(base, config, texts)
     if shuffled:
         far = wanted[: len(controls)].roll(len(controls) // 2, 0)  # far off: neighbours in the corpus are alike
         wanted = far[torch.tensor(owners)]
@@ -167,11 +166,11 @@ def fit_projection(
         (k, kind): [_Sums.zeros(d * len(layer_list(k)), d) for _ in range(how.folds or 1)] for k in config.maps for kind in kinds
     }
     references = {}  # each message alone: once for all texts that are read with it
-    for part in _by_length(list(dict.fromkeys(r.alone for r in readings)), len):
-        acts = _capture(base, [list(ids) for ids in part], config.read_layers)
+    for part in by_length(list(dict.fromkeys(r.alone for r in readings)), len):
+        acts = capture_rows(base, [list(ids) for ids in part], config.read_layers)
         references |= {ids: {j: h[i, : len(ids)] for j, h in acts.items()} for i, ids in enumerate(part)}
-    for part in _by_length(readings, lambda r: len(r.ids)):
-        acts = _capture(base, [r.ids for r in part], config.read_layers)
+    for part in by_length(readings, lambda r: len(r.ids)):
+        acts = capture_rows(base, [r.ids for r in part], config.read_layers)
         changes = {j: torch.cat([h[i, r.span] - references[r.alone][j][r.places] for i, r in enumerate(part)]) for j, h in acts.items()}
         of = torch.tensor([r.which for r in part for _ in r.span])
         fold, opening = torch.tensor(folds)[of], torch.tensor([own for r in part for own in r.opening])
@@ -260,32 +259,3 @@ class _Sums:
         solved = torch.linalg.solve(correlation + how.ridge * torch.eye(len(mean), dtype=torch.float64), cross)
         weight = how.scale * (solved / spread[:, None]).T
         return weight.float(), (centre - weight @ mean).float()
-
-
-def _write_layer_means(base: Base, config: DecoderConfig, texts: Sequence[str]) -> Tensor:
-    """(C, D): the mean over a text's tokens of the write layer's output where the decoder's prompt has them instead of slots."""
-    start = base.tokenizer(config.prompt.start, add_special_tokens=False)["input_ids"]
-    tokens = [(i, base.tokenizer(text, add_special_tokens=False)["input_ids"]) for i, text in enumerate(texts)]
-    means = torch.zeros(len(texts), base.hidden_size, dtype=torch.float64)
-    for part in _by_length(tokens, lambda t: len(t[1])):
-        if config.write_layer < 0:
-            rows = [base.embeddings(torch.tensor(start + ids, device=base.device)).detach() for _, ids in part]
-        else:
-            rows = _capture(base, [start + ids for _, ids in part], [config.write_layer])[config.write_layer]
-        for row, (i, ids) in zip(rows, part, strict=True):
-            means[i] = row[len(start) : len(start) + len(ids)].double().mean(0).cpu()
-    return means
-
-
-def _by_length(items: list, length) -> Iterator[list]:
-    ordered = sorted(items, key=length)
-    return (ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH))
-
-
-def _capture(base: Base, rows: list[list[int]], layers: list[int]) -> dict[int, Tensor]:
-    """{layer: (B, S, D)} on the CPU in float32, of right-padded rows."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=base.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=base.device)
-    with base.decoding() as model:
-        return {k: acts.float().cpu() for k, acts in capture(model, base.blocks, ids, mask, layers).items()}

@@ -12,6 +12,7 @@ counts as the share of a blind pick).
 
     message and reply    the bare model is shown the message and the reply that it gave under the system prompt, and asked
     selfie, patchscopes  from the last token of the message's turn
+    nearest              of the ten system prompts to what is injected, where the conditioning maps it to such texts: not the decoder's LoRA
     probe                trained on the same personas under other messages: what a linear reader that was told the ten could find
 """
 
@@ -29,6 +30,7 @@ import yaml
 from lqa.chat import render, resolve_span
 from lqa.decoder import LatentDecoder, Reading
 from lqa.evals import batch
+from lqa.evals.baselines.nearest import nearest
 from lqa.evals.baselines.patchscopes import DESCRIPTION, patchscope
 from lqa.evals.baselines.probe import cross_validated
 from lqa.evals.baselines.selfie import WRITE_LAYER, selfie
@@ -52,6 +54,7 @@ ROWS = {
     "reply": "message and reply (bare model, both as text)",
     "selfie": "SelfIE",
     "patchscopes": "Patchscopes (entity description, l* = l)",
+    "nearest": "nearest (what is injected, against the ten prompts; no decoder)",
     "probe": "linear probe (trained on the other messages)",
 }
 
@@ -169,6 +172,8 @@ def _message(job: Job, personas: Sequence[Persona], message: str, question: str)
         "selfie": both(batch.bare(decoder, WRITE_LAYER), selfie(decoder.base, last)),
         "patchscopes": both(batch.bare(decoder, readings[0].layers[-1]), described),
     }
+    if decoder.config.conditioning == "projected":
+        found["nearest"] = {"scores": nearest(readings, [persona.system for persona in personas])}
     for name, other in job.further.items():
         found[name] = both(batch.adapted(other), [batch.ask(reading, question) for reading in read(other)])
     return found
