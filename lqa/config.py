@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 POSITIONS = ("sequential", "shifted")
 PRESETS = ("latentqa", "activation-oracle")
 VISIBLE_TEXT = "visible_text"  # an "injection" that injects nothing: the visible turns stand in the prompt as text
-ADDED = ("calibration", "merged", "projection")  # keys that older sidecars lack
+ADDED = ("calibration", "guidance", "merged", "projection")  # keys that older sidecars lack
 IGNORE = -100  # the label of a token that is not scored
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class DecoderConfig:
     projection: str | None = None  # the digest of the map beside the adapter (lqa.conditioning.Projection); None: there is none to compare
     merged: bool = False  # whether all read layers can also be read at once in one block of slots (conditioning "projected")
     calibration: dict | None = None  # of Answer.confidence (lqa.calibration); None: it is the mean token probability
+    guidance: float = 0.0  # how much an answer's tokens are chosen for what tells them from those without activations (engine.guided)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -211,8 +212,9 @@ class DecoderConfig:
         if self.schema_version != SCHEMA_VERSION:
             raise LqaError(f"{SIDECAR} has the schema version {self.schema_version!r}, this lqa reads {SCHEMA_VERSION}; update lqa.")
         if self.reads_text:
-            if (self.injection_constant, self.conditioning) != (None, "raw"):
-                raise LqaError(f"{SIDECAR}: a decoder that reads visible text has no injection constant and the conditioning 'raw'.")
+            if (self.injection_constant, self.conditioning, self.guidance) != (None, "raw", 0):
+                text = "a decoder that reads visible text has no injection constant, the conditioning 'raw', and no guidance"
+                raise LqaError(f"{SIDECAR}: {text}.")
         else:
             self.operation.check()
         check_conditioning(self.conditioning, self.conditioning_constant)
@@ -220,6 +222,8 @@ class DecoderConfig:
             raise LqaError(f"{SIDECAR} names the projection {self.projection}, but the conditioning {self.conditioning!r} has none.")
         if self.calibration is not None:
             Calibration.load(self.calibration)
+        if isinstance(self.guidance, bool) or not isinstance(self.guidance, int | float) or not 0 <= self.guidance < float("inf"):
+            raise LqaError(f"{SIDECAR}: guidance is {self.guidance!r}; give a number of at least 0.")
         if self.positions not in POSITIONS:
             raise LqaError(f"{SIDECAR}: the position policy {self.positions!r} is unknown; supported are {', '.join(POSITIONS)}.")
         if isinstance(self.slot_token_id, list) and len(self.slot_token_id) != 2:

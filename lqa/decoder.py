@@ -382,7 +382,8 @@ class Reading:
     def ask(
         self, questions: Questions, *, grounding: bool = False, after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS
     ) -> list[Answer]:
-        """Greedy answers to all questions, decoded as one batch; with `grounding`, each with its references.
+        """Greedy answers to all questions, guided as the sidecar says (engine.guided), decoded as one batch; with `grounding`, each with its
+        references.
 
         after   earlier questions about this reading with their answers, oldest first; the decoder sees them, so that a question may
                 refer to them (one that was trained without follow-ups does so less well)
@@ -482,9 +483,12 @@ class Reading:
         return collect(self.decoder.base.tokenizer, steps, rows)
 
     def _steps(self, questions: list[str], sources: tuple[str, ...], max_new_tokens: int, after: QA) -> Iterator[list[engine.Step]]:
-        rows = self._rows(questions, sources, max_new_tokens, after)
+        rows, guidance = self._rows(questions, sources, max_new_tokens, after), self.decoder.config.guidance
+        if guidance:  # every row is held against its question without activations
+            rows = rows + [row._replace(prefix=len(sources)) for row in rows]
+            sources = (*sources, "none")
         stop = self.decoder.config.prompt.stop_ids(self.decoder.base.tokenizer)
-        return engine.decode(self.decoder.session, self._prefix(sources), rows, max_new_tokens, stop)
+        return engine.decode(self.decoder.session, self._prefix(sources), rows, max_new_tokens, stop, guidance=guidance)
 
     def _token_logprobs(self, qa: QA, source: str, after: QA = ()) -> list[list[float]]:
         """Log-probabilities (nats) of the tokens of every answer, its end included."""

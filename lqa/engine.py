@@ -12,6 +12,7 @@ What is patched behind a block (Injection) makes no difference up to there: give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from lqa.activations import output_tensor
 from lqa.errors import LqaError
 from lqa.masks import layer_masks, window
 
+PLAUSIBLE = 0.1
 # A scoring pass holds (rows, answer tokens, vocabulary) logits; more floats than this are cut into several passes.
 MAX_LOGITS = 2**26
 # A pass costs by itself about as much as so many tokens; a scoring pass ends where longer rows would pad the others by more than that.
@@ -222,13 +224,17 @@ def decode(
     stop_ids: Sequence[int],
     choose: Callable | None = None,
     first: Callable | None = None,
+    guidance: float = 0.0,
 ) -> Iterator[list[Step]]:
     """Decodes all rows at once, yielding the new tokens of every step; a row ends at a stop token, which is not yielded.
 
-    choose  (R, V) logits -> (R,) ids; greedy if None.  Rows that have ended leave the batch.
-    first   the session of the first pass, over the rows' suffixes, if it is another: what a caller has armed acts on that pass alone
+    choose    (R, V) logits -> (R,) ids; greedy if None.  Rows that have ended leave the batch.
+    first     the session of the first pass, over the rows' suffixes, if it is another: what a caller has armed acts on that pass alone
+    guidance  if not 0, the second half of `rows` are what the first half is held against (see `guided`), row by row; what they say is that
+              of the first half and is not yielded.  A step's probability is the model's own, in its row of the first half
     """
     choose = choose or (lambda logits: logits.argmax(-1))
+    shown = len(rows) // 2 if guidance else len(rows)
     with session() as model:
         device = model.device
         cache = prefix.rows([row.prefix for row in rows])
@@ -238,13 +244,13 @@ def decode(
         with (first if first and n == 0 else session)() as model:
             with nullcontext() if n else prefix.trunked(rows, cache) as some:
                 logits = _logits(model, _selected(inputs, some), cache, 1)[:, -1]
-            tokens = choose(logits)
+            tokens = choose(guided(logits, guidance)).repeat(2) if guidance else choose(logits)
             probabilities = logits.softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
             stopped = torch.isin(tokens, torch.tensor(stop_ids, device=device))
             steps = [
                 Step(row, token, p)
                 for row, token, p, stop in zip(alive, tokens.tolist(), probabilities.tolist(), stopped.tolist(), strict=True)
-                if not stop
+                if not stop and row < shown
             ]
             keep = (~stopped).nonzero().squeeze(1)
             if len(keep) < len(alive):
@@ -259,6 +265,18 @@ def decode(
             yield steps
         if not alive:
             return
+
+
+def guided(logits: Tensor, weight: float) -> Tensor:
+    """The scores (R, V) by which tokens are chosen for rows, given their logits and those of what they are held against, (2 R, V):
+
+        log p + weight (log p - log q)      where p is at least PLAUSIBLE of the likeliest token's; elsewhere minus infinity
+
+    What q knows without them counts for less: classifier-free guidance (Sanchez et al. 2023, arXiv 2306.17806) with the plausibility
+    constraint of contrastive decoding (Li et al. 2022, arXiv 2210.15097, section 3.3).
+    """
+    p, q = logits.log_softmax(-1).chunk(2)
+    return (p + weight * (p - q)).masked_fill(p < p.amax(-1, keepdim=True) + math.log(PLAUSIBLE), -math.inf)
 
 
 def _extended(session: Callable, prefix: Prefix, row: Row) -> Prefix:

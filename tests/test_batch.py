@@ -34,6 +34,23 @@ def test_batched_answers_are_those_of_one_reading(tiny_decoder, width, changes):
     assert len({s.text for s in said}) > 2  # the tiny decoder does answer differently
 
 
+@pytest.mark.parametrize("changes", [{}, BOTH | {"conditioning": "projected"}, {"family": "gemma3"}])
+def test_a_guided_decoder_answers_alone_and_in_a_batch_alike_and_otherwise_than_unguided(tiny_decoder, changes):
+    plain, decoder = (tiny_decoder(**changes, guidance=weight) for weight in (0.0, 2.0))
+    said, by = {}, {}
+    for name, own in (("plain", plain), ("guided", decoder)):
+        asked = [(r, q, source) for source in ("true", "none", "shuffled") for r in readings(own) for q in QUESTIONS]
+        by[name] = [r._decode([q], (source,), 6)[0].text for r, q, source in asked]
+        said[name] = batch.texts(batch.adapted(own), [batch.ask(*entry) for entry in asked], 6)
+    n = len(by["plain"]) // 3
+    assert said == by and said["guided"][:n] != said["plain"][:n]
+    assert said["guided"][n : 2 * n] == said["plain"][n : 2 * n]  # held against itself
+    reading = readings(decoder)[0]
+    *_, last = reading.answers(QUESTIONS, max_new_tokens=6)
+    assert [a.text for a in last] == [a.text for a in reading.ask(QUESTIONS, max_new_tokens=6)] == by["guided"][: len(QUESTIONS)]
+    assert reading.references(QUESTIONS, max_new_tokens=6)[0].none == by["plain"][n]
+
+
 @pytest.mark.parametrize("changes", [BOTH, {"positions": "shifted"}, {"family": "gemma3"}])
 def test_batched_scores_are_those_of_one_reading(tiny_decoder, changes):
     decoder = tiny_decoder(**changes)

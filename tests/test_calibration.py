@@ -219,10 +219,18 @@ def test_the_command_stores_a_map_that_the_decoder_then_uses(few, decoder_folder
     reading = load(folder, base=tiny("smol")).read(chat, "user")
     assert 0 < reading.ask("Who is it?", max_new_tokens=4)[0].confidence < 1
 
+    assert calibrate.main([str(folder), "--guidance", "3", "0.5"]) == 0
+    chosen = DecoderConfig.load(folder)
+    shares = chosen.calibration["fitted"]["guidance"]
+    assert set(shares) == {"0.5", "3.0"} and shares[str(chosen.guidance)] == max(shares.values())
+    assert dataclasses.replace(chosen, calibration=None, guidance=0.0) == before
+    assert chosen.guidance == 0.5 or shares["3.0"] > shares["0.5"]  # the smaller one of equals
+
     capsys.readouterr()
     for argv, words in (
         (["nowhere"], "no decoder folder nowhere"),
         ([str(folder), "--limit", "0"], "at least 1, not 0"),
+        ([str(folder), "--guidance", "-1"], "guidance is -1.0; give a number of at least 0"),
         ([str(folder), "--limit", "3"], "too few items"),
     ):
         assert calibrate.main(argv) == 2

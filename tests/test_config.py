@@ -41,7 +41,7 @@ def test_it_is_frozen(saved, config_for):
         config_for(saved[0]).write_layer = 3
 
 
-MAY_BE_ABSENT = ("calibration", "merged", "projection")  # sidecars before them
+MAY_BE_ABSENT = ("calibration", "guidance", "merged", "projection")  # sidecars before them
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(DecoderConfig) if f.name not in MAY_BE_ABSENT])
@@ -69,6 +69,8 @@ def test_every_missing_key_is_an_error_that_names_it(key, saved):
         (lambda d: d.update(layers_per_reading=0), "layers_per_reading is 0"),
         (lambda d: d.update(merged=True), "merged is True; true goes with the conditioning 'projected'"),
         (lambda d: d.update(layers_per_reading=2), r"default_layer 1 must name 2 of read_layers \[0, 1\]"),
+        (lambda d: d.update(guidance=-1), "guidance is -1; give a number of at least 0"),
+        (lambda d: d.update(guidance=True), "guidance is True"),
         (lambda d: d.update(layers_per_reading=2, default_layer=[1, 1]), r"default_layer \[1, 1\] must name 2"),
         (lambda d: d.update(default_layer=2), r"default_layer 2.*\[0, 1\]"),
     ],

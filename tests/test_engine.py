@@ -70,6 +70,36 @@ def test_batched_cached_decoding_is_naive_decoding_token_for_token(base):
     assert_same(fast(base), expected)
 
 
+def guided_by_hand(base, row, other, weight, stop_ids=()):
+    """[(token, probability)] of a row whose tokens are chosen for what tells it from another."""
+    ids, against, out = PREFIXES[row.prefix] + row.suffix, PREFIXES[other.prefix] + other.suffix, []
+    for _ in range(NEW):
+        p, q = (logits_of(base, i)[-1].softmax(-1) for i in (ids, against))
+        allowed = [t for t in range(len(p)) if p[t] >= 0.1 * p.max()]
+        token = max(allowed, key=lambda t: float(p[t]) * (float(p[t]) / float(q[t])) ** weight)
+        if token in stop_ids:
+            break
+        out.append((token, float(p[token])))
+        ids, against = ids + [token], against + [token]
+    return out
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_guided_rows_choose_what_tells_them_from_those_they_are_held_against(base, weight):
+    others = [Row(1 - row.prefix, row.suffix) for row in ROWS]
+    free = [guided_by_hand(base, row, other, weight) for row, other in zip(ROWS, others, strict=True)]
+    assert free != [naive(base, row) for row in ROWS]
+    assert_same(fast(base, ROWS + others, guidance=weight)[: len(ROWS)], free)
+    stop_ids = [free[0][2][0], free[2][5][0]]
+    stopped = [guided_by_hand(base, row, other, weight, stop_ids) for row, other in zip(ROWS, others, strict=True)]
+    assert_same(fast(base, ROWS + others, stop_ids, guidance=weight)[: len(ROWS)], stopped)
+    assert fast(base, ROWS + others, guidance=weight)[len(ROWS) :] == [[]] * len(ROWS)  # what they are held against says nothing
+
+
+def test_a_row_that_is_held_against_itself_says_what_it_says_alone(base):
+    assert_same(fast(base, ROWS + ROWS, guidance=2.0)[: len(ROWS)], [naive(base, row) for row in ROWS])
+
+
 def test_rows_that_stop_early_leave_the_others_as_they_are(base):
     free = [naive(base, row) for row in ROWS]
     stop_ids = [free[0][2][0], free[2][5][0]]

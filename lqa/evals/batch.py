@@ -56,18 +56,20 @@ class Prompt(NamedTuple):
 
 class Runner(NamedTuple):
     """A model as prompts are run through it: in the state that `session` gives, its answers ended as `template` says, its slots patched
-    behind block `write_layer` (-1: at the embeddings)."""
+    behind block `write_layer` (-1: at the embeddings), its answers held against those of unpatched slots with the weight `guidance`."""
 
     base: Base
     session: Callable
     template: config.Prompt
     write_layer: int = 0
     operation: Operation = Operation("replace")
+    guidance: float = 0.0
 
 
 def adapted(decoder: LatentDecoder) -> Runner:
     """The decoder."""
-    return Runner(decoder.base, decoder.session, decoder.config.prompt, decoder.config.write_layer, decoder.config.operation)
+    config = decoder.config
+    return Runner(decoder.base, decoder.session, config.prompt, config.write_layer, config.operation, config.guidance)
 
 
 def bare(decoder: LatentDecoder, write_layer: int = 0) -> Runner:
@@ -117,10 +119,11 @@ def say(
 
     def run(index: Sequence[int], number: int) -> list[Said]:
         batch = [prompts[i] for i in index]
-        prefix, rows, first = _prefilled(runner, batch, _common(batch))
+        against = [prompt._replace(injected=None) for prompt in batch] if runner.guidance else []
+        prefix, rows, first = _prefilled(runner, batch + against, _common(batch + against))
         choose = engine.sampler(temperature, 1.0, seed * 1_000_003 + number)
-        steps = engine.decode(runner.session, prefix, rows, max_new_tokens, stop, choose, first)
-        return collect(runner.base.tokenizer, steps, len(rows))
+        steps = engine.decode(runner.session, prefix, rows, max_new_tokens, stop, choose, first, runner.guidance)
+        return collect(runner.base.tokenizer, steps, len(batch))
 
     # Prompts with as many slots side by side, and of these the ones that get the same.
     heads = [p.ids[: len(p.ids) - p.slots[::-1].index(True)] if any(p.slots) else p.ids for p in prompts]
