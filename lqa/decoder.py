@@ -382,8 +382,8 @@ class Reading:
     def ask(
         self, questions: Questions, *, grounding: bool = False, after: QA = (), max_new_tokens: int = MAX_NEW_TOKENS
     ) -> list[Answer]:
-        """Greedy answers to all questions, guided as the sidecar says (engine.guided), decoded as one batch; with `grounding`, each with its
-        references.
+        """Greedy answers to all questions, guided as the sidecar says (engine.guided), decoded as one batch; with `grounding`, each with
+        its references.
 
         after   earlier questions about this reading with their answers, oldest first; the decoder sees them, so that a question may
                 refer to them (one that was trained without follow-ups does so less well)
