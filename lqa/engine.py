@@ -27,7 +27,7 @@ from lqa.activations import output_tensor
 from lqa.errors import LqaError
 from lqa.masks import layer_masks, window
 
-PLAUSIBLE = 0.1
+PLAUSIBLE = 0.1  # guided without it, tokens that the model finds absurd would win on their ratio alone
 # A scoring pass holds (rows, answer tokens, vocabulary) logits; more floats than this are cut into several passes.
 MAX_LOGITS = 2**26
 # A pass costs by itself about as much as so many tokens; a scoring pass ends where longer rows would pad the others by more than that.

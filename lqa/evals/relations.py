@@ -68,6 +68,7 @@ ROWS = {
     "probe": "linear probe (cross-validated by subject)",
     "told": "told (bare model, relation prompt with the subject as text)",
 }
+HIDDEN_TEXT_ONLY = f'text_only (bare model, "{CARRIER}" as text)'
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ def run(job: Job) -> Result:
         f"({_share_learnable(everything, chosen):.0%} of these items are within it)."
     )
     apart = {method: {default: _hits(chosen, method, texts)} for method, texts in hidden.items()}
-    other = {titles[m]: [*(_cell(rows, apart[m]) for rows in chosen.values()), _cell(_all(chosen), apart[m])] for m in apart}
+    names = titles | {"text_only": HIDDEN_TEXT_ONLY}
+    other = {names[m]: [*(_cell(rows, apart[m]) for rows in chosen.values()), _cell(_all(chosen), apart[m])] for m in names if m in apart}
     series = {}
     for method in shown:
         by_layer = {k: hits[method].get(k, hits[method].get(None)) for k in layers}  # those without layers are a level line
@@ -295,7 +297,13 @@ def first_tokens(tokenizer, name: str) -> set[int]:
 
 def _hidden(job: Job, chunk: Sequence[Item], layer: Layer) -> dict[str, list[str]]:
     chats = [[{"role": "system", "content": item.snippet}, {"role": "user", "content": CARRIER}] for item in chunk]
-    return _asked(job, chats, layer, question_of(chunk[0]))[1]
+    question = question_of(chunk[0])
+    readings, found = _asked(job, chats, layer, question)
+    found["text_only"] = batch.texts(batch.bare(job.decoder), [batch.text_only(reading, question) for reading in readings], NEW_TOKENS)
+    if (trained := job.text_only_trained) is not None:
+        own = [batch.ask(job.read(chat, SPAN, None, trained), question) for chat in chats]
+        found["text_only_trained"] = batch.texts(batch.adapted(trained), own, NEW_TOKENS)
+    return found
 
 
 def _from_text(job: Job, chunk: Sequence[Item]) -> dict[str, list[str]]:
